@@ -1,0 +1,1 @@
+"""Driver: from a model to a verified artifact."""

@@ -1,0 +1,1 @@
+"""Targets: what turns a fused graph into code."""

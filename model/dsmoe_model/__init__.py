@@ -1,0 +1,1 @@
+"""The oracle: DeepSeekMoE written plainly."""

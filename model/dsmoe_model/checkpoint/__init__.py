@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors folders in the layouts of the published models."""

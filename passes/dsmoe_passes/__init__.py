@@ -1,0 +1,1 @@
+"""Graph passes: recognise gating, dispatch and experts, and fuse them."""

@@ -1,0 +1,1 @@
+"""Operators and everything that runs them."""

@@ -1,0 +1,1 @@
+"""The narrow waist: dsmoe::route, dsmoe::experts, dsmoe::moe."""
