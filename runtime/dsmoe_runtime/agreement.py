@@ -42,7 +42,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RoutingAgreement:
-    """Verdict on the experts chosen; `gap` and `rounding` are those of the token nearest to or furthest past its excuse."""
+    """Verdict on the experts chosen; `gap` and `rounding` are those of the token furthest past its excuse."""
 
     ok: bool
     tokens: int
@@ -81,7 +81,7 @@ def within_budget(
     """Judge `actual` [..., D] against `exact` (float64), with the budget that `eager` sets in the same dtype.
 
     Budget of a row: factor * max(median of eager's row errors, eager's error on that row) + eps / 2. `exact_eager` is
-    the float64 value of eager's own routing, `exact` by default. NaN or Inf in any of them puts the row over its budget.
+    the float64 value of eager's own routing, `exact` by default. NaN or Inf in any of them puts the row over budget.
     """
     if actual.dtype != eager.dtype:
         raise ValueError(f"actual is {actual.dtype}, eager {eager.dtype}; a budget needs eager in the same dtype")
@@ -161,8 +161,8 @@ def routing_agreement(
     `exact_TE` are the float64 selection scores at the place where `actual_TK` was chosen, `eager_TE` the scores that
     eager computed (float32 or lower), `exact_eager_TE` the float64 scores at eager's place, if that is another one. Two
     scores may pass each other when each moves, so rounding excuses 2 * factor * max(median, own) of eager's largest
-    score error per token + eps of the largest score (twice that where a group's score is a sum of two). The order within
-    a set is not judged here: weights, and so values, follow it.
+    score error per token + eps of the largest score (twice that where a group's score is a sum of two). The order
+    within a set is not judged here: weights, and so values, follow it.
     """
     n_tokens = actual_TK.shape[0]
     if n_tokens == 0:
