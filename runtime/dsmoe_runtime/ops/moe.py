@@ -1,0 +1,349 @@
+"""dsmoe::moe: a whole mixture-of-experts layer in one operator: gate, routed experts, shared experts.
+
+T tokens, H hidden size, E experts, I expert width, S shared width, K experts per token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsmoe_runtime.errors import ConfigError, InputError
+from dsmoe_runtime.ops.activation import activate, activate_backward
+from dsmoe_runtime.ops.experts import accumulation_dtype, check_alike, check_experts, experts_backward, run_experts
+from dsmoe_runtime.ops.library import refuse_second_backward, register, register_autograd
+from dsmoe_runtime.ops.linear import linear
+from dsmoe_runtime.ops.route import check_routing, route, route_backward, weights_of
+
+ROUTER_DTYPES = ("float32", "activation")
+
+
+def _check(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    gate: tuple[int, str, int, int, str],
+    router_dtype: str,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    activation: str,
+    layout: str,
+    shared: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    check_experts(x, *weights, activation, layout)
+    if router_dtype not in ROUTER_DTYPES:
+        raise ConfigError(f"router_dtype is {router_dtype!r}; it must be one of {', '.join(ROUTER_DTYPES)}")
+    hidden, num_experts = x.shape[1], weights[0].shape[0]
+    if router_weight.shape != (num_experts, hidden):
+        raise InputError(f"router_weight is {tuple(router_weight.shape)}; x and gate_up want {(num_experts, hidden)}")
+    check_routing(num_experts, *gate)
+    for name, bias in (("router_bias", router_bias), ("selection_bias", selection_bias)):
+        if bias is not None and bias.shape != (num_experts,):
+            raise InputError(f"{name} is {tuple(bias.shape)}; gate_up has {num_experts} experts")
+    for name, weight in (
+        ("router_weight", router_weight),
+        ("router_bias", router_bias),
+        ("selection_bias", selection_bias),
+    ):
+        if weight is not None and weight.device != x.device:
+            raise InputError(f"{name} is on {weight.device}, x on {x.device}; move one")
+    shared_gate_up, shared_down, shared_gate = shared
+    if shared_gate_up is None or shared_down is None:
+        if shared_gate_up is not shared_down or shared_gate is not None:
+            raise InputError("shared_gate_up and shared_down go together, and shared_gate goes with them")
+        return
+    width = shared_down.shape[-1]
+    if shared_down.shape != (hidden, width) or shared_gate_up.shape != (2 * width, hidden):
+        raise InputError(
+            f"shared_gate_up is {tuple(shared_gate_up.shape)} and shared_down {tuple(shared_down.shape)}; "
+            f"x {tuple(x.shape)} wants [2S, {hidden}] and [{hidden}, S]"
+        )
+    if shared_gate is not None and shared_gate.shape != (1, hidden):
+        raise InputError(f"shared_gate is {tuple(shared_gate.shape)}; x {tuple(x.shape)} wants {(1, hidden)}")
+    check_alike(x, shared_gate_up=shared_gate_up, shared_down=shared_down, shared_gate=shared_gate)
+
+
+def moe(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    top_k: int,
+    score: str,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+    router_dtype: str,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+    shared_gate: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The rule of dsmoe::moe: `route`, then `experts`, plus the shared experts (DeepSeekMoE, eq. 9-11, no residual).
+
+    Args:
+        x: `[T, H]`.
+        router_weight, router_bias: `[E, H]`, and `[E]` added to the logits (gpt-oss), or None; any floating dtype.
+        selection_bias: the `bias` of `route`.
+        top_k ... scale: as in `route`.
+        router_dtype: "float32": logits and scores in float32 (float64 for float64), whatever x is; "activation": in
+            x's dtype, as v1's remote code has it.
+        gate_up ... layout: as in `experts`.
+        shared_gate_up, shared_down: `[2S, H]`, the gate's rows first, and `[H, S]`, or None; the experts' activation.
+        shared_gate: `[1, H]` or None; the shared answer is multiplied by `sigmoid(x shared_gate^T)` (Qwen2-MoE).
+
+    Returns `y [T, H]` in x's dtype and the `experts [T, K]` (int64) that made it.
+    """
+    _check(
+        x,
+        router_weight,
+        router_bias,
+        selection_bias,
+        (top_k, score, n_group, topk_group, group_score),
+        router_dtype,
+        (gate_up, down, gate_up_bias, down_bias),
+        activation,
+        layout,
+        (shared_gate_up, shared_down, shared_gate),
+    )
+    logits = router_logits(x, router_weight, router_bias, router_dtype)
+    weights, experts = route(
+        logits, selection_bias, top_k, score, n_group, topk_group, group_score, renormalize, eps, scale
+    )
+    y = run_experts(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout)
+    if shared_gate_up is not None and shared_down is not None:
+        gate, up = linear(x, shared_gate_up).chunk(2, dim=-1)
+        answer = linear(activate(gate, up, activation, alpha, limit), shared_down)
+        if shared_gate is not None:
+            answer = answer * F.linear(x, shared_gate).sigmoid()
+        y = y + answer
+    return y.to(x.dtype), experts
+
+
+def router_logits(x: Tensor, router_weight: Tensor, router_bias: Tensor | None, router_dtype: str) -> Tensor:
+    """`[T, E]` in the router's dtype."""
+    dtype = accumulation_dtype(x) if router_dtype == "float32" else x.dtype
+    return F.linear(x.to(dtype), router_weight.to(dtype), None if router_bias is None else router_bias.to(dtype))
+
+
+def _moe_fake(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    selection_bias: Tensor | None,
+    top_k: int,
+    score: str,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+    router_dtype: str,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+    shared_gate: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _check(
+        x,
+        router_weight,
+        router_bias,
+        selection_bias,
+        (top_k, score, n_group, topk_group, group_score),
+        router_dtype,
+        (gate_up, down, gate_up_bias, down_bias),
+        activation,
+        layout,
+        (shared_gate_up, shared_down, shared_gate),
+    )
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], top_k), dtype=torch.int64)
+
+
+def moe_backward(
+    grad: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    score: str,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+    router_dtype: str,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+    shared_gate: Tensor | None,
+    weight_grads: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, router_weight, router_bias, gate_up, down, their biases, and the three shared weights.
+
+    The chain rule over the parts of `moe` for the `experts` it chose; a weight that is None, or any expert weight if
+    `weight_grads` is false, gets an empty gradient (`[0]`).
+    """
+    acc = accumulation_dtype(x)
+    logits = router_logits(x, router_weight, router_bias, router_dtype)
+    weights = weights_of(logits, experts, score, renormalize, eps, scale)
+    grad_x, grad_weights, *grad_experts = experts_backward(
+        grad,
+        x,
+        experts,
+        weights,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        activation,
+        alpha,
+        limit,
+        layout,
+        weight_grads,
+    )
+    grad_logits = route_backward(grad_weights, logits, experts, score, renormalize, eps, scale).to(acc)
+    grad_x = grad_x.to(acc) + grad_logits @ router_weight.to(acc)
+    grad_router_weight = (grad_logits.T @ x.to(acc)).to(router_weight.dtype)
+    grad_router_bias = x.new_empty(0) if router_bias is None else grad_logits.sum(0).to(router_bias.dtype)
+    grad_shared = [x.new_empty(0), x.new_empty(0), x.new_empty(0)]
+    if shared_gate_up is not None and shared_down is not None:
+        grad_x_shared, *grad_shared = _shared_backward(
+            grad, x, shared_gate_up, shared_down, shared_gate, activation, alpha, limit
+        )
+        grad_x = grad_x + grad_x_shared
+    return grad_x.to(x.dtype), grad_router_weight, grad_router_bias, *grad_experts, *grad_shared
+
+
+def _shared_backward(
+    grad: Tensor,
+    x: Tensor,
+    shared_gate_up: Tensor,
+    shared_down: Tensor,
+    shared_gate: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (accumulation dtype), shared_gate_up, shared_down and shared_gate (`[0]` if None)."""
+    acc = accumulation_dtype(x)
+    x_TH, grad_TH, gate_up, down = x.to(acc), grad.to(acc), shared_gate_up.to(acc), shared_down.to(acc)
+    gate_TS, up_TS = (x_TH @ gate_up.T).chunk(2, dim=-1)
+    hidden_TS = activate(gate_TS, up_TS, activation, alpha, limit)
+    grad_hidden_TS = grad_TH @ down
+    grad_x = torch.zeros_like(x_TH)
+    grad_gate = x.new_empty(0)
+    if shared_gate is not None:
+        open_T1 = (x_TH @ shared_gate.to(acc).T).sigmoid()
+        grad_open_T1 = (grad_hidden_TS * hidden_TS).sum(-1, keepdim=True) * open_T1 * (1 - open_T1)
+        grad_x = grad_open_T1 * shared_gate.to(acc)
+        grad_gate = (grad_open_T1.T @ x_TH).to(x.dtype)
+        grad_TH, grad_hidden_TS = grad_TH * open_T1, grad_hidden_TS * open_T1
+    joint_T2S = torch.cat(activate_backward(grad_hidden_TS, gate_TS, up_TS, activation, alpha, limit), dim=-1)
+    grad_gate_up, grad_down = (joint_T2S.T @ x_TH).to(x.dtype), (grad_TH.T @ hidden_TS).to(x.dtype)
+    return grad_x + joint_T2S @ gate_up, grad_gate_up, grad_down, grad_gate
+
+
+def _moe_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    score: str,
+    renormalize: bool,
+    eps: float,
+    scale: float,
+    router_dtype: str,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+    shared_gate: Tensor | None,
+    weight_grads: bool,
+) -> tuple[Tensor, ...]:
+    def empty_for(weight: Tensor | None, wanted: bool = True) -> Tensor:
+        return x.new_empty(0) if weight is None or not wanted else weight.new_empty(weight.shape)
+
+    return (
+        x.new_empty(x.shape),
+        empty_for(router_weight),
+        empty_for(router_bias),
+        *(empty_for(weight, weight_grads) for weight in (gate_up, down, gate_up_bias, down_bias)),
+        *(empty_for(weight) for weight in (shared_gate_up, shared_down, shared_gate)),
+    )
+
+
+_ROUTED = (
+    "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias,"
+    " str activation, float alpha, float limit, str layout"
+)
+_SHARED = "Tensor? shared_gate_up, Tensor? shared_down, Tensor? shared_gate"
+register(
+    "moe(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, int top_k, str score,"
+    " int n_group, int topk_group, str group_score, bool renormalize, float eps, float scale, str router_dtype,"
+    f" {_ROUTED}, {_SHARED}) -> (Tensor y, Tensor experts)",
+    moe,
+    _moe_fake,
+)
+register(
+    "moe_backward(Tensor grad, Tensor x, Tensor experts, Tensor router_weight, Tensor? router_bias, str score,"
+    f" bool renormalize, float eps, float scale, str router_dtype, {_ROUTED}, {_SHARED}, bool weight_grads)"
+    f" -> ({', '.join(['Tensor'] * 10)})",
+    moe_backward,
+    _moe_backward_fake,
+)
+
+_INPUTS = 24
+_TENSORS = (0, 1, 2, 13, 14, 15, 16, 21, 22, 23)  # the inputs with a gradient, as moe_backward returns them
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *(inputs[i] for i in _TENSORS))
+    _, _, _, _, _, ctx.score, _, _, _, *ctx.gate = inputs[:13]
+    ctx.attributes = inputs[17:21]
+
+
+def _backward(ctx: Any, grad: Tensor, grad_experts: Tensor | None) -> tuple[Tensor | None, ...]:
+    experts, x, router_weight, router_bias, *weights = ctx.saved_tensors
+    routed, shared = weights[:4], weights[4:]
+    needed = ctx.needs_input_grad
+    grads = torch.ops.dsmoe.moe_backward(
+        *(grad, x, experts, router_weight, router_bias, ctx.score, *ctx.gate, *routed, *ctx.attributes, *shared),
+        any(needed[13:17]),
+    )
+    by_input = {i: g if needed[i] else None for i, g in zip(_TENSORS, grads, strict=True)}
+    return tuple(by_input.get(i) for i in range(_INPUTS))
+
+
+register_autograd("moe", _backward, _save)
+refuse_second_backward("moe_backward")
