@@ -148,8 +148,11 @@ class ModelConfig:
 
 def _short(value: object) -> str:
     """A value fit for an error message, however large it is."""
-    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
-    return text if len(text) <= 40 else text[:37] + "..."
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 40 else value[:37] + "...")
+    return repr(value) if isinstance(value, (int, float, type(None))) else f"a {type(value).__name__}"
 
 
 def _check_field(config: ModelConfig, name: str, kind: str) -> None:
