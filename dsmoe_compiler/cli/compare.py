@@ -1,0 +1,90 @@
+"""`dsmoe compare`: is it the same model, and how fast is it beside eager and others?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from dsmoe_compiler.cli.console import UsageError
+from dsmoe_compiler.cli.options import (
+    DTYPES,
+    TARGETS,
+    add_model,
+    add_seed,
+    check_model,
+    check_target,
+    names,
+    numbers,
+    positive,
+)
+
+NAME = "compare"
+SUMMARY = "compare the compiled model with eager and others: agreement first, then speed"
+EXAMPLES = """\
+  dsmoe compare deepseek-moe-tiny
+  dsmoe compare deepseek-moe-tiny --against eager,inductor --tokens 1,16,256 --report report.html
+  dsmoe compare path/to/checkpoint --dtype bf16 --against hf --json result.json
+"""
+
+AGAINST = ("eager", "inductor", "hf", "hf-grouped", "hf-batched")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--against",
+        type=names,
+        default=("eager", "inductor", "hf"),
+        metavar="NAME,...",
+        help=f"of {', '.join(AGAINST)} (eager,inductor,hf)",
+    )
+    parser.add_argument(
+        "--tokens", type=numbers, default=(1, 16, 256), metavar="N,...", help="prefill lengths (1,16,256)"
+    )
+    parser.add_argument("--decode-steps", type=positive, default=32, metavar="N", help="tokens decoded one by one (32)")
+    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed rounds (7)")
+    parser.add_argument("--target", choices=TARGETS, help="where to run (cuda where there is a GPU, else cpu)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of weights and activations (fp32, or as stored)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write one self-contained HTML page")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found as JSON; - is stdout")
+    add_seed(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    unknown = [name for name in args.against if name not in AGAINST]
+    if unknown:
+        raise UsageError(f"--against {unknown[0]!r}: nothing is called so; there are {', '.join(AGAINST)}")
+    check_model(args.model)
+    check_target(args.target)
+    for path in (args.report, args.json):
+        check_file(path)
+
+    import torch
+
+    from dsmoe_compiler.compare.compare import compare
+    from dsmoe_compiler.loading import load_model, progress_bar
+
+    target = args.target or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    with progress_bar(f"loading {args.model}") as progress:
+        loaded = load_model(args.model, dtype=dtype, device=target, seed=args.seed, progress=progress)
+    comparison = compare(
+        loaded,
+        against=args.against,
+        tokens=args.tokens,
+        decode_steps=args.decode_steps,
+        repeats=args.repeats,
+    )
+    return 0 if comparison.ok else 3
+
+
+def check_file(path: Path | None) -> None:
+    """Raises UsageError if a result could not be written to `path`, before the minutes that it takes to get it."""
+    if path is None or str(path) == "-":
+        return
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{path}: {folder} is not writable")
