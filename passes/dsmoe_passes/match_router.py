@@ -126,6 +126,8 @@ def _identify(
     top_k: int,
 ) -> Gate:
     rows = size_hint_of_rows(logits)
+    if rows == 0:
+        raise Mismatch(logits, "the graph was traced without a token: there is nothing to probe its gate with")
     samples = []
     for seed in range(-(-PROBE_ROWS // rows)):
         generator = torch.Generator().manual_seed(seed)
@@ -188,7 +190,7 @@ def _agrees(
 
 
 def size_hint_of_rows(logits: fx.Node) -> int:
-    """The number of rows that the graph was traced with (at least 2: fewer would not tell gates apart)."""
+    """The number of rows that the graph was traced with; symbolic or not, the region runs with just that many."""
     rows = value(logits).shape[0]
     if isinstance(rows, int):
         return rows

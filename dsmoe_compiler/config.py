@@ -1,0 +1,79 @@
+"""What a user asks of a compile."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from dsmoe_model.config import ModelConfig
+from dsmoe_runtime.errors import ConfigError, TargetError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TARGETS = ("cpu", "cuda")
+FORMATS = ("aoti",)
+DEFAULT_CAPACITY = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """`target` None: CUDA where there is a GPU, else the CPU. `max_seq_len`: positions of the KV cache (prompt and answer);
+    None: the model's own limit, at most 512. `strict`: a layer left alone is an error. `debug`: compare numbers after each
+    pass. `verify` False skips the proof, and the manifest says so.
+
+    Raises: ConfigError for a value outside its range, TargetError for a target that this machine has not.
+    """
+
+    target: str | None = None
+    formats: tuple[str, ...] = ("aoti",)
+    dtype: str = "float32"
+    batch_size: int = 1
+    max_seq_len: int | None = None
+    strict: bool = False
+    verify: bool = True
+    seed: int = 0
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target is None:
+            object.__setattr__(self, "target", "cuda" if torch.cuda.is_available() else "cpu")
+        if self.target not in TARGETS:
+            raise ConfigError(f"target is {self.target!r}; it must be one of {', '.join(TARGETS)}")
+        if self.target == "cuda" and not torch.cuda.is_available():
+            raise TargetError(f"target cuda needs a GPU; torch {torch.__version__} sees none here. Use target cpu")
+        unknown = [f for f in self.formats if f not in FORMATS]
+        if unknown or not self.formats:
+            raise ConfigError(f"formats is {self.formats!r}; this version writes {', '.join(FORMATS)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        for name in ("batch_size", "max_seq_len"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return DTYPES[self.dtype]
+
+    def capacity(self, model: ModelConfig) -> int:
+        """Positions of the KV cache. Raises: ConfigError, if the model has fewer than were asked for."""
+        if self.max_seq_len is None:
+            return min(model.max_position_embeddings, DEFAULT_CAPACITY)
+        if self.max_seq_len > model.max_position_embeddings:
+            limit = model.max_position_embeddings
+            raise ConfigError(f"max_seq_len is {self.max_seq_len}, but the model's max_position_embeddings is {limit}")
+        return self.max_seq_len
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"formats": list(self.formats)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CompileConfig:
+        """The inverse of `to_dict`. Raises: ConfigError for unknown keys."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown compile options: {', '.join(unknown)}")
+        return cls(**values | {"formats": tuple(values.get("formats", ("aoti",)))})
