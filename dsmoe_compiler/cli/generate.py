@@ -7,9 +7,10 @@ import logging
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dsmoe_compiler.cli.console import UsageError, print_json, say
 from dsmoe_compiler.cli.figures import plural
@@ -17,6 +18,8 @@ from dsmoe_compiler.cli.options import DTYPES, add_json, add_seed, check_model, 
 from dsmoe_compiler.cli.stream import TextStream
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dsmoe_model.checkpoint import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -30,10 +33,19 @@ EXAMPLES = """\
 """
 
 
+class Speaker(NamedTuple):
+    """Who continues the text: `generate(ids [B, S], **sampling, on_token=...)`, each row the same prompt."""
+
+    tokenizer: Tokenizer | None
+    generate: Callable[..., Tensor]
+    rows: int
+    device: str
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUT|MODEL", help="an artifact folder, a preset's name or a checkpoint folder")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; - reads it from stdin")
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="(64)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="at most so many (64)")
     parser.add_argument("--temperature", type=temperature, default=0.0, metavar="X", help="0: always the likeliest (0)")
     parser.add_argument("--top-k", type=positive, metavar="N", help="draw from the N likeliest tokens only")
     parser.add_argument("--top-p", type=share, metavar="X", help="draw from the likeliest that make up X of 1")
@@ -53,106 +65,80 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--top-k and --top-p choose among drawn tokens: give --temperature above 0 as well")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
 
-    speak = _artifact if is_artifact else _eager
-    said = speak(args, prompt)
-    speed = said.tokens / said.seconds if said.seconds else math.inf
-    log.info(
-        "%s in %.2f s after loading for %.2f s: %.1f tokens/s (prompt of %s included)",
-        plural(said.tokens, "token"),
-        said.seconds,
-        said.load_seconds,
-        speed,
-        plural(said.prompt_tokens, "token"),
+    import torch
+
+    start = time.perf_counter()
+    speaker = _artifact(args.model) if is_artifact else _eager(args)
+    loaded = time.perf_counter()
+    tokenizer = speaker.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer, so no text can go in; use the Python API with token ids")
+    ids = tokenizer.encode(prompt)
+    if not ids and tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id]
+    stream = TextStream(tokenizer.decode, _silent if args.json else _write)
+    speaker.generate(
+        torch.tensor([ids] * speaker.rows, dtype=torch.int64, device=speaker.device),
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        eos_token_id=None if args.ignore_eos else tokenizer.eos_id,
+        on_token=lambda token_B: stream.push(int(token_B[0])),
     )
+    stream.close()
+    seconds = time.perf_counter() - loaded
+    result = {
+        "prompt": prompt,
+        "text": tokenizer.decode(stream.ids),
+        "prompt_tokens": len(ids),
+        "tokens": len(stream.ids),
+        "load_seconds": loaded - start,
+        "seconds": seconds,
+        "tokens_per_second": len(stream.ids) / seconds,
+    }
     if args.json:
-        print_json({**asdict(said), "prompt": prompt, "tokens_per_second": speed})
+        print_json(result)
+        return 0
+    say("")
+    made, read = plural(len(stream.ids), "token"), plural(len(ids), "token")
+    log.info("%s in %.2f s, %.1f tokens/s, prompt of %s included", made, seconds, result["tokens_per_second"], read)
     return 0
 
 
-@dataclass(frozen=True)
-class Said:
-    """One continuation and what it took."""
-
-    text: str
-    tokens: int
-    prompt_tokens: int
-    load_seconds: float
-    seconds: float
-
-
-def _artifact(args: argparse.Namespace, prompt: str) -> Said:
-    """Stream from an artifact; one for more than one sequence gets the prompt in each, and the first is shown."""
-    import torch
-
+def _artifact(folder: str) -> Speaker:
+    """An artifact for several sequences gets the prompt in each row, and the first row is shown."""
     from dsmoe_compiler.api import load
 
-    start = time.perf_counter()
-    runner = load(args.model)
-    loaded = time.perf_counter()
-    tokenizer = _tokenizer(runner.tokenizer, args.model)
-    prompt_ids = tokenizer.encode(prompt)
-    stream = TextStream(tokenizer.decode, _silent if args.json else _write)
-    ids = runner.generate(
-        torch.tensor([prompt_ids] * runner.batch_size, dtype=torch.int64),
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        eos_token_id=None if args.ignore_eos else tokenizer.eos_id,
-        on_token=lambda token: stream.push(int(torch.as_tensor(token).flatten()[0])),
-    )
-    return _finish(args, stream, ids[0, len(prompt_ids) :].tolist(), len(prompt_ids), start, loaded)
+    runner = load(folder)
+    return Speaker(runner.tokenizer, runner.generate, runner.batch_size, str(runner.device))
 
 
-def _eager(args: argparse.Namespace, prompt: str) -> Said:
-    """The plain model; its text comes at the end, since the oracle's `generate` has no ear for single tokens."""
+def _eager(args: argparse.Namespace) -> Speaker:
+    """The plain model behind the same generation loop that artifacts use."""
     import torch
 
     from dsmoe_compiler.loading import load_model, progress_bar
-    from dsmoe_model.generation import generate
+    from dsmoe_model.attention import KVCache
+    from dsmoe_runtime.generation import generate
 
-    start = time.perf_counter()
     with progress_bar(f"loading {args.model}") as progress:
         dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-        model = load_model(args.model, dtype=dtype, seed=args.seed, progress=progress)
-    loaded = time.perf_counter()
-    for note in model.notes:
-        log.info("%s", note)
-    tokenizer = _tokenizer(model.tokenizer, args.model)
-    prompt_ids = tokenizer.encode(prompt)
-    stream = TextStream(tokenizer.decode, _silent if args.json else _write)
-    ids = generate(
-        model.model,
-        torch.tensor([prompt_ids], dtype=torch.int64),
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        eos_token_id=None if args.ignore_eos else tokenizer.eos_id,
-    )
-    new = ids[0, len(prompt_ids) :].tolist()
-    for token in new:
-        stream.push(token)
-    return _finish(args, stream, new, len(prompt_ids), start, loaded)
+        loaded = load_model(args.model, dtype=dtype, seed=args.seed, progress=progress)
+    for note in loaded.notes:
+        log.info("%s: %s", args.model, note)
+    model, capacity = loaded.model, loaded.config.max_position_embeddings
+    cache = KVCache.zeros(loaded.config, 1, capacity, model.embed_tokens.weight.dtype)
 
+    def prefill(ids_BS: Tensor) -> Tensor:
+        return model(ids_BS, cache, last_only=True).logits_BSV[:, -1]
 
-def _finish(
-    args: argparse.Namespace, stream: TextStream, new: list[int], prompt_tokens: int, start: float, loaded: float
-) -> Said:
-    stream.close()
-    if not args.json:
-        say("")
-    text = stream.decode(new)
-    return Said(text, len(new), prompt_tokens, loaded - start, time.perf_counter() - loaded)
+    def decode(ids_B1: Tensor, position: int) -> Tensor:
+        return model(ids_B1, cache, torch.tensor([position])).logits_BSV[:, -1]
 
-
-def _tokenizer(tokenizer: Tokenizer | None, model: str) -> Tokenizer:
-    """Raises UsageError where there is none: text cannot go in."""
-    if tokenizer is None:
-        raise UsageError(f"{model} has no tokenizer, so no text can go in; use the Python API with token ids")
-    return tokenizer
+    speak = partial(generate, prefill, decode, vocab_size=loaded.config.vocab_size, capacity=capacity)
+    return Speaker(loaded.tokenizer, speak, 1, "cpu")
 
 
 def _write(text: str) -> None:

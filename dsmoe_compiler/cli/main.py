@@ -17,7 +17,6 @@ from dsmoe_compiler.cli import compare, doctor, explain, generate, info
 from dsmoe_compiler.cli import compile as compile_verb
 from dsmoe_compiler.cli import list as list_verb
 from dsmoe_compiler.cli.console import UsageError, accept_any_text, set_up_log
-from dsmoe_compiler.cli.processes import stop_children
 from dsmoe_compiler.version import __version__
 from dsmoe_runtime.errors import DsmoeError, VerificationError
 
@@ -91,7 +90,6 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return cast(int, code)
     except KeyboardInterrupt:
-        stop_children()
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -127,7 +125,5 @@ def _message(error: Exception, *, traced: bool) -> str:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM leaves through the same `finally` blocks as Ctrl-C does, so that nothing half-written stays."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    stop_children()
+    """SIGTERM leaves through the same `finally` blocks as Ctrl-C does: no half-written file, no worker stays."""
     raise SystemExit(TERMINATED)
