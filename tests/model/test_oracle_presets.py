@@ -88,7 +88,7 @@ def test_disagreements_are_these_five_and_no_others() -> None:
 
 
 def test_widths_as_built_cost_what_a_count_of_products_says() -> None:
-    """`training_flops` against torch's own counter: two FLOPs a multiply-add, three passes, no causal half."""
+    """Two FLOPs a multiply-add, three passes, attention without the causal half."""
     config = PRESETS["deepseek-moe-16b"]
     assert f"{training_flops(config, 4096) / 1e12:.1f}" == "75.8"
     hidden, tokens = 2048, 4096

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoe_model.attention import KVCache
+from dsmoe_model.attention import KVCache, Place
 from dsmoe_model.config import ModelConfig
 from dsmoe_model.mlp import MLP
 from dsmoe_model.moe import MoE
@@ -150,6 +150,35 @@ def test_what_decoding_and_forcing_refuse() -> None:
             model(*arguments)
     with pytest.raises(ValueError, match="forces 1 layers, the model has 2"):
         model(ids, experts=[torch.zeros(2, 3, dtype=torch.int64)])
+
+
+@torch.no_grad()
+def test_attention_head_by_head_with_complex_rotation() -> None:
+    """Query heads 0, 1 read key head 0, heads 2, 3 read key head 1; RoPE turns x_i + i x_(i + D/2) forward."""
+    attention = build(SMALL, dtype=torch.float64).layers[0].self_attn
+    x = torch.randn(1, 6, 32, dtype=torch.float64)
+    where = Place(torch.arange(6), *rotary_table(torch.arange(6), 8, 10000.0, torch.float64), None)
+    turn = torch.polar(
+        torch.ones(6, 4, dtype=torch.float64),
+        torch.arange(6)[:, None].double() * torch.tensor([10000 ** (-i / 4) for i in range(4)], dtype=torch.float64),
+    )
+
+    def head(projected: Tensor, index: int) -> Tensor:
+        return projected[0, :, 8 * index : 8 * index + 8]
+
+    def turned(rows: Tensor) -> Tensor:
+        return torch.complex(rows[:, :4], rows[:, 4:]) * turn
+
+    heads = []
+    for index in range(4):
+        query = turned(head(attention.q_proj(x), index))
+        key = turned(head(attention.k_proj(x), index // 2))
+        affinity = (query @ key.mH).real / 8**0.5
+        affinity = affinity.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), float("-inf"))
+        heads.append(affinity.softmax(-1) @ head(attention.v_proj(x), index // 2))
+    wanted = attention.o_proj(torch.cat(heads, dim=-1))
+    assert 0.1 < wanted.std() < 10
+    torch.testing.assert_close(attention(x, where)[0], wanted, rtol=1e-11, atol=1e-12)
 
 
 def test_rotation_sees_only_distances() -> None:
