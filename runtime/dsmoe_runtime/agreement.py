@@ -42,7 +42,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RoutingAgreement:
-    """Verdict on the experts chosen; `gap` and `rounding` are those of the token furthest past its excuse."""
+    """Verdict on the experts chosen.
+
+    `gap` and `rounding` are those of `worst_token`, which uses most of its excuse; `widest_gap` is the largest between
+    our choice and eager's, over the tokens where they are different sets.
+    """
 
     ok: bool
     tokens: int
@@ -51,11 +55,12 @@ class RoutingAgreement:
     worst_token: int | None
     gap: float
     rounding: float
+    widest_gap: float
 
     def __str__(self) -> str:
         text = f"{self.mismatches} of {self.tokens} tokens chose another set than eager"
         if self.ok or self.worst_token is None:
-            return f"{text}; widest gap {self.gap:.2e}" if self.mismatches else text
+            return f"{text}; widest gap {self.widest_gap:.2e}" if self.mismatches else text
         return (
             f"{text}; token {self.worst_token} left out an expert that scores {self.gap:.2e} higher, rounding excuses "
             f"{self.rounding:.2e}; {self.beyond_rounding} of {self.tokens} tokens are beyond rounding"
@@ -166,7 +171,7 @@ def routing_agreement(
     """
     n_tokens = actual_TK.shape[0]
     if n_tokens == 0:
-        return RoutingAgreement(True, 0, 0, 0, None, 0.0, 0.0)
+        return RoutingAgreement(True, 0, 0, 0, None, 0.0, 0.0, 0.0)
     groups = {"n_group": n_group, "topk_group": topk_group}
     gap_T = selection_gap(actual_TK, exact_TE, **groups, group_score=group_score)
     reference_TE = (exact_TE if exact_eager_TE is None else exact_eager_TE).double()
@@ -177,8 +182,16 @@ def routing_agreement(
     excused_T = terms * (2 * factor * torch.maximum(off_T.median(), off_T) + torch.finfo(eager_TE.dtype).eps * size_T)
     beyond_T = ~(gap_T <= excused_T)
     differ_T = (actual_TK.sort(dim=-1).values != eager_TK.sort(dim=-1).values).any(dim=-1)
+    wide_T = torch.maximum(gap_T, selection_gap(eager_TK, exact_TE, **groups, group_score=group_score))
     token = int((gap_T / excused_T).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).argmax())
     beyond = int(beyond_T.sum())
     return RoutingAgreement(
-        beyond == 0, n_tokens, int(differ_T.sum()), beyond, token, float(gap_T[token]), float(excused_T[token])
+        ok=beyond == 0,
+        tokens=n_tokens,
+        mismatches=int(differ_T.sum()),
+        beyond_rounding=beyond,
+        worst_token=token,
+        gap=float(gap_T[token]),
+        rounding=float(excused_T[token]),
+        widest_gap=float(wide_T[differ_T].max()) if differ_T.any() else 0.0,
     )

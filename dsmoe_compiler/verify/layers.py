@@ -1,0 +1,168 @@
+"""Each fused layer against the oracle's, on what reached it in the eager model and on inputs with outputs about 1.
+
+Letters: T tokens, H model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsmoe_compiler.verify.exact import possible_experts
+from dsmoe_compiler.verify.result import Check
+from dsmoe_compiler.verify.trace import Call
+from dsmoe_model.moe import MoE
+from dsmoe_model.router import HashRouter, Router
+from dsmoe_runtime.agreement import Agreement, RoutingAgreement, routing_agreement, within_budget
+
+SCALED_TOKENS = 63
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """A layer that was fused. `fused(x [T, H])` and `routed_only(x)` return `(y [T, H], experts [T, K])`.
+
+    `routed_only` leaves out the shared experts, which would dilute a small error of the routed ones; None if `module`
+    has none. Both read the packed weights that the artifact carries.
+    """
+
+    name: str
+    module: MoE
+    fused: Callable[[Tensor], tuple[Tensor, Tensor]]
+    routed_only: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+@torch.no_grad()
+def check_layer(layer: FusedLayer, calls: Sequence[Call], *, index: int, seed: int) -> Check:
+    """Routing first, then values with routing fixed: of the whole layer, and of its routed experts alone.
+
+    `calls` are what the eager model sent through `layer.module`, the layer at `index`.
+    """
+    module, exact_module = layer.module, copy.deepcopy(layer.module).double()
+    assert module.router is not None
+    assert module.experts is not None
+    assert exact_module.router is not None
+    calls = [*calls, scaled_call(module, calls[0].x_TH, seed)]
+    places = [f"row {row} of T = {call.x_TH.shape[0]}" for call in calls for row in range(call.x_TH.shape[0])]
+    ours, experts = _run(layer.fused, calls)
+    routing = judge_routing(
+        module.router,
+        torch.cat(experts),
+        torch.cat([call.routing.experts_TK for call in calls]),
+        exact_TE=torch.cat([exact_module.router(call.x_TH.double(), call.token_ids_T).scores_TE for call in calls]),
+        eager_TE=torch.cat([call.routing.scores_TE for call in calls]),
+    )
+    exact = _exact(exact_module, calls, experts)
+    exact_eager = _exact(exact_module, calls, [call.routing.experts_TK for call in calls])
+    values = {"layer": _judge(ours, [call.y_TH for call in calls], exact, exact_eager)}
+    if layer.routed_only is not None and exact_module.shared_experts is not None:
+        ours, experts = _run(layer.routed_only, calls)
+        eager = [module.experts(call.x_TH, call.routing.weights_TK, call.routing.experts_TK) for call in calls]
+        shared = [exact_module.shared_experts(call.x_TH.double()) for call in calls]
+        exact = [y_TH - s_TH for y_TH, s_TH in zip(_exact(exact_module, calls, experts), shared, strict=True)]
+        exact_eager = [y_TH - s_TH for y_TH, s_TH in zip(exact_eager, shared, strict=True)]
+        values["routed experts"] = _judge(ours, eager, exact, exact_eager)
+
+    problems = [] if routing.ok else [f"routing: {routing} (that is {places[routing.worst_token or 0]})"]
+    problems += [f"{part}: {explain(verdict, places)}" for part, verdict in values.items() if not verdict.ok]
+    empty_TH = layer.fused(calls[0].x_TH[:0])[0]
+    if empty_TH.shape != calls[0].x_TH[:0].shape:
+        problems.append(f"no tokens in, {list(empty_TH.shape)} out")
+    passed = ", ".join(f"{part} {verdict.worst:.1e} of {verdict.budget:.1e}" for part, verdict in values.items())
+    numbers = {part.replace(" ", "_"): numbers_of(verdict) for part, verdict in values.items()}
+    return Check(
+        name=layer.name,
+        ok=not problems,
+        detail="; ".join(problems) or f"{passed}; {routing.mismatches} of {routing.tokens} tokens routed otherwise",
+        numbers={**numbers, "routing": numbers_of(routing)},
+        layer=index if problems else None,
+    )
+
+
+def scaled_call(module: MoE, like_TH: Tensor, seed: int) -> Call:
+    """Random tokens, scaled until the root mean square of the layer's output is about 1, through the oracle."""
+    assert module.router is not None
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(SCALED_TOKENS, like_TH.shape[1], generator=generator).to(like_TH.device)
+    vocabulary = module.router.config.vocab_size
+    token_ids_T = torch.randint(vocabulary, (SCALED_TOKENS,), generator=generator).to(like_TH.device)
+    for _ in range(6):
+        x_TH = x.to(like_TH.dtype)
+        y_BTH, routing = module(x_TH[None], token_ids_T)
+        size = float(y_BTH.double().square().mean().sqrt())
+        if 0.3 <= size <= 3 or size != size:
+            break
+        x = x * min(max((size or 1e-9) ** -0.5, 1 / 16), 16)  # a gated unit's output grows with the square of its input
+    return Call(x_TH, token_ids_T, y_BTH[0], routing)
+
+
+def judge_routing(
+    router: Router | HashRouter,
+    actual_TK: Tensor,
+    eager_TK: Tensor,
+    *,
+    exact_TE: Tensor,
+    eager_TE: Tensor,
+    exact_eager_TE: Tensor | None = None,
+) -> RoutingAgreement:
+    """`routing_agreement` on the scores that `router` selects by: with its bias, under its group limit."""
+    bias = router.e_score_correction_bias if isinstance(router, Router) else None
+    config = router.config
+
+    def selection(scores_TE: Tensor) -> Tensor:
+        return scores_TE if bias is None else scores_TE + bias
+
+    return routing_agreement(
+        actual_TK,
+        eager_TK,
+        exact_TE=selection(exact_TE),
+        eager_TE=selection(eager_TE),
+        exact_eager_TE=None if exact_eager_TE is None else selection(exact_eager_TE),
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        group_score=config.group_score,
+    )
+
+
+def explain(verdict: Agreement, places: Sequence[str]) -> str:
+    """A verdict with its row named by place."""
+    place = places[verdict.worst_row] if verdict.worst_row is not None else "nothing"
+    text = f"{place} is off by {verdict.worst:.2e}, budget {verdict.budget:.2e}"
+    return text if verdict.ok else f"{text}; {verdict.rows_over} of {verdict.rows} rows are over"
+
+
+def numbers_of(verdict: Agreement | RoutingAgreement) -> dict[str, object]:
+    """A verdict's fields as plain values; NaN and Inf, which JSON has no words for, as text."""
+    return {
+        name: value if not isinstance(value, float) or abs(value) < float("inf") else str(value)
+        for name, value in vars(verdict).items()
+    }
+
+
+def _run(fused: Callable[[Tensor], tuple[Tensor, Tensor]], calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = [fused(call.x_TH) for call in calls]
+    return [y_TH for y_TH, _ in outputs], [experts_TK for _, experts_TK in outputs]
+
+
+def _exact(exact_module: MoE, calls: Sequence[Call], experts: Sequence[Tensor]) -> list[Tensor]:
+    assert exact_module.experts is not None
+    n_experts = exact_module.experts.n_routed_experts
+    return [
+        exact_module(call.x_TH.double(), call.token_ids_T, possible_experts(experts_TK, n_experts))[0]
+        for call, experts_TK in zip(calls, experts, strict=True)
+    ]
+
+
+def _judge(
+    ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor], exact_eager: Sequence[Tensor]
+) -> Agreement:
+    return within_budget(
+        torch.cat(list(ours)),
+        eager=torch.cat(list(eager)),
+        exact=torch.cat(list(exact)),
+        exact_eager=torch.cat(list(exact_eager)),
+    )
