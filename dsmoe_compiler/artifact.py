@@ -1,0 +1,274 @@
+"""The artifact folder: a compiled model that needs nothing but this package and its torch to run.
+
+    manifest.json            format, versions, source, shapes, processor, phases, layers, proof, hash of every file
+    config.json              the model's configuration
+    tokenizer.json, tokenizer_config.json    where the model has a tokenizer
+    prefill.pt2, decode.pt2  native code, one package a phase
+    weights/*.safetensors    one set, for all phases
+    report/                  what people look at
+
+`manifest.json` is written last, so a folder without one is not an artifact. Loading runs native code: hashes tell a
+damaged artifact from a whole one, not a hostile one from a good one. Load only what you would run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmoe_compiler.runner import Runner
+from dsmoe_compiler.staging import Stage
+from dsmoe_compiler.targets import aoti
+from dsmoe_compiler.targets.aoti import PhaseReport
+from dsmoe_compiler.targets.weights import WEIGHTS, read_weights
+from dsmoe_compiler.version import __version__
+from dsmoe_model.checkpoint import Tokenizer, load_tokenizer
+from dsmoe_model.checkpoint.json_files import PLAIN_NAME, read_json, write_json
+from dsmoe_model.config import ModelConfig
+from dsmoe_runtime.errors import ArtifactError, CheckpointError, ConfigError
+
+FORMAT, FORMAT_VERSION = "dsmoe-artifact", 1
+MANIFEST, CONFIG = "manifest.json", "config.json"
+MODEL_TYPE = "deepseek"
+MANIFEST_LIMIT, CONFIG_LIMIT = 64 * 2**20, 4 * 2**20  # bytes
+FIELDS: dict[str, type] = {
+    "format_version": int,
+    "tool_version": str,
+    "torch_version": str,
+    "target": str,
+    "processor": dict,
+    "dtype": str,
+    "batch_size": int,
+    "capacity": int,
+    "phases": dict,
+    "files": dict,
+}
+
+
+class Artifact:
+    """A compiled model that is not published yet: a stage and its manifest. `save` publishes, `discard` forgets."""
+
+    def __init__(
+        self, stage: Stage, *, config: ModelConfig, tokenizer: Tokenizer | None, manifest: dict[str, Any]
+    ) -> None:
+        self.stage = stage
+        self.folder = stage.path
+        self.config = config
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+
+    def runner(self, device: torch.device | str | None = None) -> Runner:
+        """Run it from where it lies now, published or not."""
+        return open_runner(self.folder, self.manifest, self.config, self.tokenizer, device=device)
+
+    def save(self, folder: str | Path) -> Path:
+        """Publish to `folder`, all at once; an artifact that is there is replaced. A second `save` makes a copy.
+
+        Raises: ArtifactError, if something that is no artifact is there.
+        """
+        if self.folder != self.stage.path:
+            self.stage = Stage(Path(folder))
+            shutil.copytree(self.folder, self.stage.path, dirs_exist_ok=True)
+            (self.stage.path / MANIFEST).unlink()
+        self.manifest["files"] = {name: describe(self.stage.path / name) for name in listed(self.stage.path)}
+        write_json(self.stage.path / MANIFEST, self.manifest)
+        try:
+            self.folder = self.stage.publish(Path(folder), replaceable=is_artifact)
+        except BaseException:
+            (self.stage.path / MANIFEST).unlink(missing_ok=True)
+            raise
+        return self.folder
+
+    def discard(self) -> None:
+        """Remove what has not been published."""
+        self.stage.discard()
+
+
+def assemble(
+    stage: Stage,
+    phases: dict[str, PhaseReport],
+    *,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    target: str,
+    dtype: str,
+    batch_size: int,
+    capacity: int,
+    source: str,
+    facts: dict[str, Any],
+) -> Artifact:
+    """An artifact from a stage that `aoti.package` has filled. `facts`: further manifest entries (layers, proof)."""
+    write_json(stage.path / CONFIG, config.to_dict() | {"model_type": MODEL_TYPE})
+    if tokenizer is not None:
+        tokenizer.save(stage.path)
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "tool_version": __version__,
+        "torch_version": torch.__version__,
+        "source": source,
+        "target": target,
+        "processor": aoti.requirement(target),
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "capacity": capacity,
+        "phases": {name: report.to_dict() for name, report in phases.items()},
+        **facts,
+    }
+    return Artifact(stage, config=config, tokenizer=tokenizer, manifest=manifest)
+
+
+def load(folder: str | Path, *, device: torch.device | str | None = None, check_weights: bool = True) -> Runner:
+    """A runner for a published artifact. `check_weights` False skips the hashes of `weights/`, the bulk of a large one.
+
+    Raises: ArtifactError for a folder that is none, is damaged or altered, is newer than this tool, or was compiled for
+    another torch or processor.
+    """
+    folder = Path(folder)
+    try:
+        manifest = read_manifest(folder)
+        check_files(folder, manifest["files"], check_weights=check_weights)
+        fields = read_json(inside(folder, CONFIG), limit=CONFIG_LIMIT)
+        fields.pop("model_type", None)
+        config = ModelConfig.from_dict(fields)
+        tokenizer = load_tokenizer(folder) if "tokenizer.json" in manifest["files"] else None
+    except (CheckpointError, ConfigError) as error:
+        raise ArtifactError(f"{folder} is damaged: {error}") from None
+    return open_runner(folder, manifest, config, tokenizer, device=device)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, if this tool and this torch can run what it describes. Raises: ArtifactError, CheckpointError."""
+    if not (folder / MANIFEST).is_file():
+        why = "there is no such folder" if not folder.is_dir() else f"it has no {MANIFEST}"
+        raise ArtifactError(f"{folder} is not an artifact: {why}. `dsmoe compile MODEL -o {folder}` makes one")
+    manifest = read_json(inside(folder, MANIFEST), limit=MANIFEST_LIMIT)
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{folder} is not an artifact: format is {str(manifest.get('format'))[:40]!r}, not {FORMAT!r}"
+        )
+    made, version = str(manifest.get("tool_version"))[:40], manifest.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION or release(made) > release(__version__):
+        raise ArtifactError(
+            f"{folder} was written by dsmoe-compiler {made} (format {str(version)[:40]}); this is {__version__} "
+            f"(format {FORMAT_VERSION}): upgrade this installation, or compile again with it"
+        )
+    for name, kind in FIELDS.items():
+        if type(manifest.get(name)) is not kind:
+            raise ArtifactError(f"{folder} is damaged: {name} in {MANIFEST} is not a {kind.__name__}")
+    theirs, ours = manifest["torch_version"].partition("+")[0], torch.__version__.partition("+")[0]
+    if theirs != ours:
+        raise ArtifactError(
+            f"{folder} was compiled with torch {theirs}, this is {ours}: packages of AOTInductor run with the torch "
+            f"that made them. Install torch=={theirs}, or compile the model again (source: {manifest.get('source')})"
+        )
+    return manifest
+
+
+def open_runner(
+    folder: Path,
+    manifest: dict[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    device: torch.device | str | None,
+) -> Runner:
+    """Load weights and packages. Raises: ArtifactError, if they do not fit each other or this machine."""
+    target = manifest["target"]
+    place = torch.device(device or target)
+    if place.type != target:
+        raise ArtifactError(f"{folder} was compiled for {target}; it cannot run on {place}")
+    if target == "cuda" and not torch.cuda.is_available():
+        raise ArtifactError(f"{folder} was compiled for cuda; torch {torch.__version__} sees no GPU here")
+    if target == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    why = aoti.unfit(target, manifest["processor"], place)
+    if why:
+        raise ArtifactError(f"{folder} cannot run here: {why}. Compile it again on this machine")
+    weights = read_weights([inside(folder, name) for name in listed(folder) if name.startswith(f"{WEIGHTS}/")], place)
+    programs = {}
+    for phase, report in manifest["phases"].items():
+        try:
+            constants = {own: weights[stored] for own, stored in report["constants"].items()}
+            file = inside(folder, report["file"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{folder} is damaged: phase {phase[:40]!r} lacks {error}") from None
+        programs[phase] = aoti.open_package(file, constants, place)
+    if set(programs) != {"prefill", "decode"}:
+        raise ArtifactError(f"{folder} is damaged: its phases are {sorted(programs)}, not prefill and decode")
+    return Runner(config, manifest=manifest, tokenizer=tokenizer, programs=programs, device=place)
+
+
+def check_files(folder: Path, files: dict[str, Any], *, check_weights: bool) -> None:
+    """Every listed file is there, is a plain file in the folder, and has its size and hash; nothing else is loaded."""
+    for name in (CONFIG, *(n for n in listed(folder) if n.endswith((".pt2", ".safetensors")))):
+        if name not in files:
+            raise ArtifactError(f"{folder} holds {name}, which its manifest does not list: it was altered")
+    paths = {name: inside(folder, name) for name in files}
+    hashed = {name: path for name, path in paths.items() if check_weights or not name.startswith(f"{WEIGHTS}/")}
+    for name, path in paths.items():
+        size, due = path.stat().st_size, files[name].get("bytes") if isinstance(files[name], dict) else None
+        if size != due:
+            raise ArtifactError(
+                f"{path} has {size:,} bytes, its manifest says {due}: damaged or altered. Compile it again"
+            )
+    with ThreadPoolExecutor(4) as pool:
+        for name, digest in zip(hashed, pool.map(sha256, hashed.values()), strict=True):
+            if digest != files[name].get("sha256"):
+                raise ArtifactError(
+                    f"{paths[name]} has not the hash that its manifest says: damaged or altered. Compile it again"
+                )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a listed file: a plain name, at most one folder down, no link on the way. Raises: ArtifactError."""
+    parts = name.split("/")
+    if len(parts) > 3 or not all(PLAIN_NAME.fullmatch(part) for part in parts):
+        raise ArtifactError(f"{folder} names the file {name[:200]!r}: only plain names inside the folder are accepted")
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise ArtifactError(f"{path} is a link: refused. Copy the file itself into the folder if you trust it")
+    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+        raise ArtifactError(f"{path} is missing or not a regular file: the artifact is incomplete")
+    return path
+
+
+def listed(folder: Path) -> list[str]:
+    """The files of an artifact, but for the manifest, by their names in it."""
+    names = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What the manifest keeps of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder is an artifact of any version, and so may be replaced by one."""
+    try:
+        return read_json(inside(folder, MANIFEST), limit=MANIFEST_LIMIT).get("format") == FORMAT
+    except (ArtifactError, CheckpointError, OSError):
+        return False
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with."""
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:3])

@@ -1,0 +1,213 @@
+"""AOTInductor: each phase becomes a native library in a `.pt2`, and all phases share one set of weights beside it.
+
+The weights are not in the packages: they are written once, and lent to each loaded package by reference. `dsmoe::`
+operators stay calls to the registered operators ("proxy executor"), so that a package runs where
+`dsmoe_runtime.ops` is imported and uses the kernel that is registered there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import dsmoe_runtime.ops  # noqa: F401  registers the operators
+from dsmoe_compiler.phases import Phase
+from dsmoe_compiler.targets import processor
+from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
+from dsmoe_compiler.targets.workers import Progress, Workers, can_fork
+from dsmoe_runtime.errors import ArtifactError, TargetError
+
+log = logging.getLogger(__name__)
+Program = Callable[[list[Tensor]], list[Tensor]]
+
+# What Inductor is told. The wrapper, C++ that only calls kernels, costs g++ twice the time at its default, -O1, and
+# gains nothing measurable from it. Few horizontal-fusion attempts per shared buffer are enough: all layers read the
+# same mask and rotary tables, and trying every pair of their readers is quadratic in the number of layers.
+OPTIONS: dict[str, Any] = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+    "aot_inductor.enable_line_tables": False,
+    "aot_inductor.enable_frame_pointer": False,
+    "max_fusion_buffer_group_pairwise_attempts": 4,
+    "compile_threads": 1,
+}
+# All that a package of ours holds, below its first folder.
+PACKAGED = re.compile(r"data/aotinductor/model/\w[\w.-]*|archive_format|archive_version|byteorder|\.data/\w+")
+INDISPENSABLE = ("aot_inductor.package", "aot_inductor.package_constants_in_so")
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """One package: `kernels` distinct generated kernels, called `launches` times, and calls of registered operators.
+
+    `constants` maps the package's own names for its weights to names in `weights/`.
+    """
+
+    file: str
+    seconds: float
+    bytes: int
+    kernels: int
+    launches: int
+    operators: dict[str, int]
+    constants: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def package(phases: Iterable[Phase], folder: Path, *, target: str, progress: Progress) -> dict[str, PhaseReport]:
+    """Compile each phase to `folder/NAME.pt2` and write `folder/weights/*.safetensors`: phase name -> report.
+
+    `phases` may be a generator: on the CPU a phase is compiled in a worker while the next one is still being captured.
+    On CUDA they are compiled here, one after the other.
+
+    Raises: TargetError, with the compiler's words, when a phase cannot be compiled.
+    """
+    level = processor.architecture() if target == "cpu" else None
+    options = accepted(OPTIONS | ({"cpp.march": level} if level else {}))
+    graphs: dict[str, fx.GraphModule] = {}
+    outcome: dict[str, Any] = {}
+    apart = target == "cpu" and can_fork()
+    with Workers(progress) as workers:
+        for phase in phases:
+            graphs[phase.name] = phase.graph
+
+            def job(say: Progress, phase: Phase = phase) -> Any:
+                return compile_phase(phase, folder, options, say)
+
+            if apart:
+                workers.start(phase.name, job)
+            else:
+                outcome[phase.name] = job(lambda message, name=phase.name: progress(f"{name}: {message}"))  # type: ignore[misc]
+        names = write_weights(graphs, folder / WEIGHTS, progress=progress)
+        try:
+            outcome |= workers.results()
+        except RuntimeError as error:
+            raise TargetError(f"AOTInductor, phase {error}") from None
+    reports = {}
+    for name, (seconds, *counts) in outcome.items():
+        file = folder / f"{name}.pt2"
+        kernels, launches, operators, constants = counts
+        unknown = [fqn for fqn in constants if fqn not in names[name]]
+        if unknown:
+            raise TargetError(f"{file.name} wants the constant {unknown[0]!r}, which the graph does not have")
+        stored = {fqn: names[name][fqn] for fqn in constants}
+        reports[name] = PhaseReport(file.name, seconds, file.stat().st_size, kernels, launches, operators, stored)
+    return reports
+
+
+def accepted(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` without what this torch does not know. Raises: TargetError, if an indispensable one is among it."""
+    import torch._inductor.config as inductor
+
+    known = {}
+    for name, value in options.items():
+        try:
+            reduce(getattr, name.split("."), inductor)
+        except AttributeError:
+            if name in INDISPENSABLE:
+                raise TargetError(
+                    f"torch {torch.__version__} has no inductor option {name}: use torch 2.11 to 2.13"
+                ) from None
+            log.info("torch %s has no inductor option %s: left out", torch.__version__, name)
+            continue
+        known[name] = value
+    return known
+
+
+def compile_phase(phase: Phase, folder: Path, options: dict[str, Any], say: Progress) -> tuple[Any, ...]:
+    """Write one package and return what `PhaseReport` says about it."""
+    from torch._inductor import aot_compile
+    from torch._inductor.package import package_aoti
+
+    start = time.perf_counter()
+    build, file = folder / f".build-{phase.name}", folder / f"{phase.name}.pt2"
+    say(f"lowering {len(phase.graph.graph.nodes)} nodes, then g++")
+    try:
+        with torch.no_grad():
+            options = options | {"aot_inductor.output_path": str(build.resolve())}
+            files = aot_compile(phase.graph, phase.inputs, options=options)
+        package_aoti(str(file), files)  # type: ignore[arg-type]
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+    seconds = time.perf_counter() - start
+    kernels, launches, operators, constants = contents(file)
+    say(f"{kernels} kernels, {file.stat().st_size / 2**20:.1f} MB in {seconds:.0f} s")
+    return seconds, kernels, launches, operators, constants
+
+
+def contents(file: Path) -> tuple[int, int, dict[str, int], list[str]]:
+    """Of a package: distinct kernels, calls of them, calls of registered operators, names of the weights it wants."""
+    with zipfile.ZipFile(file) as archive:
+
+        def text(suffix: str) -> str:
+            return "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(suffix))
+
+        wrapper, source, nodes = (
+            text(".wrapper.cpp") or text(".cpp"),
+            text(".cpp"),
+            text(".wrapper.json") or text("model.json"),
+        )
+        cubins = {name for name in archive.namelist() if name.endswith(".cubin")}
+    generated = set(re.findall(r'extern "C"\s+(?:\w+\s+)?void\s+(cpp_\w+)\(', source))
+    launches = len(re.findall(r"^\s+(?:cpp_\w+|call_\w+)\(.*;$", wrapper, re.MULTILINE))
+    called = Counter(node["node"]["target"] for node in json.loads(nodes)["nodes"]) if nodes else Counter()
+    constants = re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', wrapper)
+    return len(generated | cubins), launches, dict(called), constants
+
+
+def open_package(file: Path, constants: dict[str, Tensor], device: torch.device) -> Program:
+    """Load a package and lend it its weights: a function from flat inputs to flat outputs.
+
+    Raises: ArtifactError, if it holds anything but an AOTInductor library, or cannot be loaded.
+    """
+    foreign = [n for n in zipfile.ZipFile(file).namelist() if not PACKAGED.fullmatch(n.partition("/")[2])]
+    if foreign:
+        raise ArtifactError(f"{file} holds {foreign[0][:80]!r}, which no package of ours does: refused")
+    try:
+        model = torch._inductor.aoti_load_package(str(file), device_index=-1 if device.index is None else device.index)
+        model.load_constants(constants, check_full_update=True, user_managed=True)
+    except RuntimeError as error:
+        raise ArtifactError(f"{file} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        assert constants is not None  # they live as long as this function
+        return model.loader.boxed_run(inputs)
+
+    return run
+
+
+def requirement(target: str) -> dict[str, Any]:
+    """What a machine must be to run what is compiled here now, as the manifest has it."""
+    if target == "cuda":
+        return {"name": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+    return processor.requirement(processor.architecture() if pinned() else None)
+
+
+def unfit(target: str, required: dict[str, Any], device: torch.device) -> str | None:
+    """Why this machine cannot run a package with that requirement, or None."""
+    if target == "cuda":
+        here = list(torch.cuda.get_device_capability(device))
+        there = required.get("capability")
+        return None if here == there else f"it is compiled for CUDA capability {there}, this GPU has {here}"
+    return processor.missing(required)
+
+
+def pinned() -> bool:
+    """Whether this torch lets us name the processor to compile for; else it is this very one."""
+    return bool(accepted({"cpp.march": None}))
