@@ -72,7 +72,9 @@ def read_options(options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 def functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """Dynamo's graph as functional aten above autograd; inputs that it writes are copied to at the end."""
-    graph, signature = aot_export_module(gm, tuple(example_inputs), trace_joint=False, pre_dispatch=True, decompositions={})
+    graph, signature = aot_export_module(
+        gm, tuple(example_inputs), trace_joint=False, pre_dispatch=True, decompositions={}
+    )
     placeholders = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
     written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     output = graph.graph.output_node()
@@ -101,4 +103,6 @@ def report(steps: list[pipeline.Step], own: Options) -> None:
             log.info("after %s\n%s", step.result.name, step.graph_after)
     if left and own.strict:
         first = left[0]
-        raise NotFusedError(f"{len(left)} layers left alone; {first.layer or 'the first'} at {first.node}: {first.because}")
+        raise NotFusedError(
+            f"{len(left)} layers left alone; {first.layer or 'the first'} at {first.node}: {first.because}"
+        )

@@ -55,7 +55,9 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
 
     def visit(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-        inner = [found for child, part in module.named_children() for found in visit(f"{name}.{child}".lstrip("."), part)]
+        inner = [
+            found for child, part in module.named_children() for found in visit(f"{name}.{child}".lstrip("."), part)
+        ]
         return inner or ([(name, module)] if _has_gate_and_experts(module) else [])
 
     blocks = visit("", model)
@@ -78,9 +80,15 @@ def kind(block: Block) -> tuple:
     rows: list[tuple] = []
     for name, module in block.module.named_modules():
         settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, torch.Tensor)}
-        tensors = [(n, tuple(t.shape), t.dtype) for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]]
+        tensors = [
+            (n, tuple(t.shape), t.dtype)
+            for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        ]
         rows.append((name, type(module), repr(sorted(settings.items())), tuple(tensors)))
-    shapes = [(tuple(a.shape), a.dtype, a.device) if isinstance(a, torch.Tensor) else repr(a) for a in pytree.tree_leaves(block.args)]
+    shapes = [
+        (tuple(a.shape), a.dtype, a.device) if isinstance(a, torch.Tensor) else repr(a)
+        for a in pytree.tree_leaves(block.args)
+    ]
     return (tuple(rows), tuple(shapes))
 
 

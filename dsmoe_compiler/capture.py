@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import dsmoe_runtime.ops  # noqa: F401  registers the operators
 from dsmoe_compiler.blocks import Block, Raised, find_blocks, kind, raise_block, swapped, why_not
-from dsmoe_compiler.explain import Explanation, LayerReport, PassReport
+from dsmoe_compiler.explanation import Explanation, LayerReport, PassReport
 from dsmoe_compiler.phases import PHASES, Phase, example_inputs
 from dsmoe_model.transformer import Transformer
 from dsmoe_passes import pipeline
@@ -23,52 +22,62 @@ from dsmoe_passes.result import layer_of
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
+MODEL = "model."  # where the phases hold the model
 MOE, EXPERTS = torch.ops.dsmoe.moe.default, torch.ops.dsmoe.experts.default
 
 
-@dataclass(frozen=True)
-class Captured:
-    """The phases' graphs, fused, and what happened on the way."""
+class Capture:
+    """The phases of a language model, traced and fused one by one; see `blocks` for how the experts' loops are captured.
 
-    phases: dict[str, Phase]
-    explanation: Explanation
-
-
-def capture(
-    model: Transformer,
-    *,
-    batch: int,
-    capacity: int,
-    phases: tuple[str, ...] = ("prefill", "decode"),
-    dump: str | None = None,
-    debug: bool = False,
-    progress: Progress = lambda _: None,
-) -> Captured:
-    """Trace and fuse the phases of a language model; see `blocks` for how the experts' loops are captured.
-
-    `dump` names a pass (or "all") whose graphs are kept as text; `debug` compares numbers after every pass of a block.
+    Making one traces and raises the blocks. `phases()` yields each phase when it is ready, so that a target may compile the
+    first while the second is traced; after it, `explanation()` tells all. `dump` names a pass (or "all") whose graphs are kept
+    as text; `debug` compares numbers after every pass over a block.
     """
-    start = time.perf_counter()
-    width = model.config.hidden_size
-    parameter = next(model.parameters())
-    x = torch.zeros(batch, 4, width, dtype=parameter.dtype, device=parameter.device)
-    if debug:
-        x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    ids = torch.zeros(batch, 4, dtype=torch.int64, device=parameter.device)
-    blocks = [Block(name, module, (x, ids, None)) for name, module in find_blocks(model)]
-    raised, passes = raise_blocks(blocks, model, dump=dump, debug=debug, progress=progress)
-    graphs: dict[str, Phase] = {}
-    with swapped(raised):
-        for name in phases:
-            progress(f"capture: {name}")
-            inputs, free = example_inputs(model, name, batch=batch, capacity=capacity)
-            graph = trace(PHASES[name](model).eval(), inputs, free)
-            steps = pipeline.run(graph, dump=dump)
-            passes += report_steps(name, steps)
-            graphs[name] = Phase(name, graph, inputs)
-    layers = report_layers(raised, graphs[phases[-1]].graph, prefix="model.")
-    seconds = time.perf_counter() - start
-    return Captured(graphs, Explanation(layers, tuple(passes), seconds))
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        batch: int,
+        capacity: int,
+        dump: str | None = None,
+        debug: bool = False,
+        progress: Progress = log.info,
+    ) -> None:
+        self.model, self.batch, self.capacity = model, batch, capacity
+        self.dump, self.progress = dump, progress
+        self.graphs: dict[str, fx.GraphModule] = {}
+        start = time.perf_counter()
+        weight = model.embed_tokens.weight
+        x = torch.zeros(batch, 4, model.config.hidden_size, dtype=weight.dtype, device=weight.device)
+        if debug:
+            x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        ids = torch.zeros(batch, 4, dtype=torch.int64, device=weight.device)
+        blocks = [Block(name, module, (x, ids, None)) for name, module in find_blocks(model)]
+        self.raised, self.passes = raise_blocks(blocks, model, dump=dump, debug=debug, progress=progress)
+        self.seconds = time.perf_counter() - start
+
+    def phases(self, names: tuple[str, ...] = ("prefill", "decode")) -> Iterator[Phase]:
+        """Each of the phases in `names`, fused and packed."""
+        for name in names:
+            start = time.perf_counter()
+            self.progress(f"capture: {name}")
+            inputs, free = example_inputs(self.model, name, batch=self.batch, capacity=self.capacity)
+            with swapped(self.raised):
+                graph = trace(PHASES[name](self.model).eval(), inputs, free)
+            self.passes += report_steps(name, pipeline.run(graph, dump=self.dump))
+            self.graphs[name] = graph
+            self.seconds += time.perf_counter() - start
+            yield Phase(name, graph, inputs)
+
+    def explanation(self) -> Explanation:
+        """What happened to every layer, as the last phase's graph shows."""
+        graph = list(self.graphs.values())[-1]
+        return Explanation(report_layers(self.raised, graph, prefix=MODEL), tuple(self.passes), self.seconds)
+
+    def operators(self) -> dict[str, fx.Node]:
+        """Block name -> the `dsmoe::` operator that computes it in the last phase's graph."""
+        return operators_of(list(self.graphs.values())[-1], [block.name for block, _ in self.raised], prefix=MODEL)
 
 
 def explain_module(
@@ -120,37 +129,35 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], free: Any) -> fx.GraphModu
     return program.module(check_guards=False)  # type: ignore[return-value]
 
 
-def report_layers(raised: list[tuple[Block, Raised]], graph: fx.GraphModule, *, prefix: str) -> tuple[LayerReport, ...]:
-    """One line for every block, read off the final graph."""
+def operators_of(graph: fx.GraphModule, blocks: list[str], *, prefix: str) -> dict[str, fx.Node]:
+    """The `dsmoe::` operator that stands for each block."""
     found = {}
     for node in graph.graph.nodes:
         if node.target in (MOE, EXPERTS):
-            found[layer_of(node).removeprefix(prefix)] = node
-    rows = []
-    for block, outcome in raised:
-        node = next((n for path, n in found.items() if path == block.name or path.startswith(block.name + ".")), None)
-        if outcome.reason or node is None:
-            reason = outcome.reason or "its operator is not in the whole model's graph"
-            rows.append(LayerReport(block.name, False, "", None, "eager loop", reason, outcome.node))
-            continue
-        patterns = [r.pattern for step in outcome.steps for r in step.result.rewritten]
-        if node.target is MOE and node.args[-2] is not None:
-            patterns.append("shared experts")
-        operator = "dsmoe::moe" if node.target is MOE else "dsmoe::experts"
-        refused = [r for step in outcome.steps for r in step.result.refused]
-        note = refused[0] if refused and node.target is not MOE else None
-        rows.append(
-            LayerReport(
-                block.name,
-                True,
-                " + ".join(patterns),
-                operator,
-                kernel_of(node),
-                note.because if note else None,
-                note.node if note else None,
-            )
-        )
-    return tuple(rows)
+            path = layer_of(node).removeprefix(prefix)
+            found |= {name: node for name in blocks if path == name or path.startswith(name + ".")}
+    return found
+
+
+def report_layers(raised: list[tuple[Block, Raised]], graph: fx.GraphModule, *, prefix: str) -> tuple[LayerReport, ...]:
+    """One line for every block, read off the final graph."""
+    found = operators_of(graph, [block.name for block, _ in raised], prefix=prefix)
+    return tuple(report_layer(block, outcome, found.get(block.name)) for block, outcome in raised)
+
+
+def report_layer(block: Block, outcome: Raised, node: fx.Node | None) -> LayerReport:
+    """What became of one block: its operator, and why it is no more than that."""
+    if outcome.reason or node is None:
+        reason = outcome.reason or "its operator is not in the whole model's graph"
+        return LayerReport(block.name, False, "", None, "eager loop", reason, outcome.node)
+    patterns = [r.pattern for step in outcome.steps for r in step.result.rewritten]
+    if node.target is EXPERTS:
+        refused = next((r for step in outcome.steps for r in step.result.refused), None)
+        reason, where = (refused.because, refused.node) if refused else ("the gate's values are used elsewhere", None)
+        return LayerReport(block.name, True, " + ".join(patterns), "dsmoe::experts", kernel_of(node), reason, where)
+    if node.args[-2] is not None:
+        patterns.append("shared experts")
+    return LayerReport(block.name, True, " + ".join(patterns), "dsmoe::moe", kernel_of(node))
 
 
 def kernel_of(node: fx.Node) -> str:

@@ -18,7 +18,7 @@ DEFAULT_CAPACITY = 512
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """`target` None: CUDA where there is a GPU, else the CPU. `max_seq_len`: positions of the KV cache (prompt and answer);
+    """`target` None: CUDA where there is a GPU, else the CPU. `dtype` None: as stored or as the model is. `max_seq_len`: positions of the KV cache (prompt and answer);
     None: the model's own limit, at most 512. `strict`: a layer left alone is an error. `debug`: compare numbers after each
     pass. `verify` False skips the proof, and the manifest says so.
 
@@ -27,7 +27,7 @@ class CompileConfig:
 
     target: str | None = None
     formats: tuple[str, ...] = ("aoti",)
-    dtype: str = "float32"
+    dtype: str | None = None
     batch_size: int = 1
     max_seq_len: int | None = None
     strict: bool = False
@@ -45,7 +45,7 @@ class CompileConfig:
         unknown = [f for f in self.formats if f not in FORMATS]
         if unknown or not self.formats:
             raise ConfigError(f"formats is {self.formats!r}; this version writes {', '.join(FORMATS)}")
-        if self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         for name in ("batch_size", "max_seq_len"):
             value = getattr(self, name)
@@ -53,9 +53,9 @@ class CompileConfig:
                 raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype | None:
         """`dtype` as torch has it."""
-        return DTYPES[self.dtype]
+        return None if self.dtype is None else DTYPES[self.dtype]
 
     def capacity(self, model: ModelConfig) -> int:
         """Positions of the KV cache. Raises: ConfigError, if the model has fewer than were asked for."""

@@ -11,7 +11,7 @@ from dsmoe_compiler.cli.figures import plural
 from dsmoe_compiler.cli.options import add_json, add_model, add_seed, check_model
 
 if TYPE_CHECKING:
-    from dsmoe_compiler.explain import Explanation
+    from dsmoe_compiler.explanation import Explanation
 
 NAME = "explain"
 SUMMARY = "every MoE layer: what was matched, what was fused, why not; the graph before and after a pass"
@@ -66,8 +66,9 @@ def _print(explanation: Explanation, *, with_graphs: bool) -> None:
         for layer in explanation.layers
     ]
     print_table(("layer", "", "matched", "operator", "runs as"), rows)
-    for layer in explanation.left_alone:
-        say(f"{layer.name} left alone: {layer.reason}{f' (at {layer.node})' if layer.node else ''}")
+    for layer in explanation.layers:
+        if layer.reason:
+            say(f"{layer.name}: {layer.reason}{f' (at {layer.node})' if layer.node else ''}")
     fused = len(explanation.layers) - len(explanation.left_alone)
     say(f"{fused} of {plural(len(explanation.layers), 'MoE layer')} fused")
     for note in explanation.notes:

@@ -1,0 +1,184 @@
+"""Compile, explain and load: what `import dsmoe_compiler` offers.
+
+artifact = dsmoe.compile("deepseek-moe-tiny", config=dsmoe.CompileConfig(target="cpu"))
+artifact.save("out/tiny")
+runner = dsmoe.load("out/tiny")
+print(runner.generate_text("Once upon a time", max_new_tokens=32))
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dsmoe_compiler import artifact as artifacts
+from dsmoe_compiler.artifact import Artifact, load
+from dsmoe_compiler.capture import MOE, Capture, explain_module
+from dsmoe_compiler.config import CompileConfig
+from dsmoe_compiler.explanation import Explanation
+from dsmoe_compiler.loading import Loaded, load_model
+from dsmoe_compiler.phases import Phase
+from dsmoe_compiler.staging import Stage
+from dsmoe_compiler.targets import aoti
+from dsmoe_compiler.verify import FusedLayer, Verification, verify
+from dsmoe_model.checkpoint import open_checkpoint
+from dsmoe_model.moe import MoE
+from dsmoe_model.presets import PRESETS
+from dsmoe_model.transformer import Transformer, build
+from dsmoe_runtime.errors import ConfigError, NotFusedError, VerificationError
+
+__all__ = ["compile", "explain", "load"]
+log = logging.getLogger(__name__)
+Model = str | Path | Loaded | Transformer
+
+
+def compile(
+    model: Model, *, config: CompileConfig | None = None, progress: Callable[[str], None] = log.info
+) -> Artifact:
+    """Capture, fuse, compile and verify a language model; `.save(folder)` of what comes back publishes it.
+
+    `model` is a preset's name, a checkpoint folder, what `load_model` gave, or a `Transformer`. Nothing stays behind when
+    this fails. Other modules: `torch.compile(module, backend="dsmoe")`.
+
+    Raises: VerificationError if the compiled model is not the same model; its text says which layer diverges first, and its
+    `verification` has the numbers. NotFusedError under `strict`. ConfigError, CheckpointError, TargetError as they say.
+    """
+    config = config or CompileConfig()
+    loaded = as_loaded(model, config)
+    assert config.target is not None
+    transformer = loaded.model.to(config.target).eval()
+    capacity = config.capacity(loaded.config)
+    stage = Stage()
+    try:
+        capture = Capture(
+            transformer, batch=config.batch_size, capacity=capacity, debug=config.debug, progress=progress
+        )
+        phases = aoti.package(_checked(capture, config), stage.path, target=config.target, progress=progress)
+        explanation = capture.explanation()
+        facts: dict[str, Any] = {
+            "options": config.to_dict(),
+            "layers": explanation.to_dict()["layers"],
+            "passes": [f"{p.graph}: {p.name}, {p.rewritten} rewritten" for p in explanation.passes if p.rewritten],
+            "capture_seconds": explanation.capture_seconds,
+            "verification": None,
+        }
+        artifact = artifacts.assemble(
+            stage,
+            phases,
+            config=loaded.config,
+            tokenizer=loaded.tokenizer,
+            target=config.target,
+            dtype=str(transformer.embed_tokens.weight.dtype).removeprefix("torch."),
+            batch_size=config.batch_size,
+            capacity=capacity,
+            source=loaded.source,
+            facts=facts,
+        )
+        if config.verify:
+            result = prove(transformer, artifact, capture, config, progress)
+            artifact.manifest["verification"] = result.to_dict()
+    except BaseException:
+        stage.discard()
+        raise
+    return artifact
+
+
+def explain(
+    model: Model | nn.Module, example_inputs: tuple[Any, ...] | None = None, *, stage: str | None = None
+) -> Explanation:
+    """Every mixture-of-experts layer of `model` with what is fused or why not; nothing is compiled.
+
+    Presets and checkpoints are explained on the meta device: no weight is allocated or read. A module that is not of the
+    reference architecture needs `example_inputs`, the positional arguments of one call. `stage` names a pass (or "all") whose
+    graph is kept as text before and after.
+    """
+    if isinstance(model, nn.Module) and not isinstance(model, Transformer):
+        if example_inputs is None:
+            raise ConfigError(f"explaining a {type(model).__name__} takes example_inputs, the arguments of one call")
+        return explain_module(model, example_inputs, dump=stage)
+    transformer = as_meta(model)
+    capacity = CompileConfig(target="cpu").capacity(transformer.config)
+    capture = Capture(transformer, batch=1, capacity=capacity, dump=stage)
+    for _ in capture.phases(("decode",)):
+        pass
+    return capture.explanation()
+
+
+def prove(
+    model: Transformer, artifact: Artifact, capture: Capture, config: CompileConfig, progress: Callable[[str], None]
+) -> Verification:
+    """Verify an artifact before it is published. Raises: VerificationError with what failed, and the result as `.result`."""
+    result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=progress)
+    if not result.ok:
+        error = VerificationError(f"the compiled model is not the same model; nothing was written\n{result}")
+        error.result = result  # type: ignore[attr-defined]
+        raise error
+    return result
+
+
+def fused_layers(model: Transformer, capture: Capture) -> list[FusedLayer]:
+    """The layers that became one `dsmoe::moe`, each as a function of its tokens with the weights that the graph holds."""
+    graph = list(capture.graphs.values())[-1]
+    layers = []
+    for name, node in capture.operators().items():
+        module = model.get_submodule(name)
+        if node.target is MOE and isinstance(module, MoE):
+            alone = operator(graph, node, shared=False) if node.args[-2] is not None else None
+            layers.append(FusedLayer(name, module, operator(graph, node, shared=True), alone))
+    return layers
+
+
+def operator(graph: fx.GraphModule, node: fx.Node, *, shared: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """`x [T, H]` -> what the graph's `dsmoe::moe` gives for it, with or without its shared experts."""
+    operands = [
+        operand if not isinstance(operand, fx.Node) else reduce(getattr, str(operand.target).split("."), graph)
+        for operand in node.args[1:]
+    ]
+    if not shared:
+        operands[-3:] = [None, None, None]
+    return lambda x: MOE(x, *operands)
+
+
+def as_loaded(model: Model, config: CompileConfig) -> Loaded:
+    """`model` as `load_model` gives it. Raises: ConfigError for what is no language model of ours, or has another dtype."""
+    if isinstance(model, str | Path):
+        return load_model(model, dtype=config.torch_dtype, device=config.target or "cpu", seed=config.seed)
+    if isinstance(model, Transformer):
+        model = Loaded(model, model.config, None, "a model in memory", ())
+    if not isinstance(model, Loaded):
+        raise ConfigError(
+            f"a {type(model).__name__} cannot be packaged: compile takes a preset's name, a checkpoint folder or a Transformer. "
+            'For any other module there is torch.compile(module, backend="dsmoe")'
+        )
+    dtype = model.model.embed_tokens.weight.dtype
+    if config.torch_dtype not in (None, dtype):
+        raise ConfigError(
+            f"the model is {dtype}, but dtype is {config.dtype!r}: cast the model first, or leave dtype out"
+        )
+    return model
+
+
+def as_meta(model: Model) -> Transformer:
+    """The model's structure without its weights."""
+    if isinstance(model, Loaded):
+        return model.model
+    if isinstance(model, Transformer):
+        return model
+    config = PRESETS[str(model)] if str(model) in PRESETS else open_checkpoint(model).config
+    return build(config, dtype=torch.float32, device="meta", seed=0)
+
+
+def _checked(capture: Capture, config: CompileConfig) -> Iterator[Phase]:
+    """The phases, unless `strict` forbids them because a block was left alone."""
+    left = [(block.name, raised) for block, raised in capture.raised if raised.reason]
+    if left and config.strict:
+        name, raised = left[0]
+        where = f" at {raised.node}" if raised.node else ""
+        raise NotFusedError(f"strict: {len(left)} layers were left alone; {name}{where}: {raised.reason}")
+    yield from capture.phases()
