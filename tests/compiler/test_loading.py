@@ -1,5 +1,6 @@
 """A preset's name or a folder becomes a model with its tokenizer."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_chat_template_is_mentioned(tmp_path: Path) -> None:
     folder = save_checkpoint(build(TINY), tmp_path / "out", tokenizer=byte_tokenizer())
     (folder / "chat_template.jinja").write_text("{{ 1/0 }}")
     assert any("chat template" in note for note in load_model(folder).notes)
+
+
+def test_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
+    folder = save_checkpoint(build(TINY), tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Model", "AutoConfig": "modeling_evil.Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
+    assert any("auto_map" in note for note in load_model(folder).notes)
+    assert not any("modeling_evil" in name for name in sys.modules)
 
 
 def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

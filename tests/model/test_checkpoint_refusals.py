@@ -245,6 +245,18 @@ def test_tensors(single: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> No
         load_checkpoint(single)
 
 
+def test_a_config_that_asks_for_two_hundred_million_tensors_is_answered_at_once(single: Path) -> None:
+    edit(single / "config.json", lambda config: config.update(n_routed_experts=65536, num_hidden_layers=1024))
+    refused(single, "has shape|is missing")
+
+
+def test_file_that_shrinks_while_it_is_read(single: Path) -> None:
+    found = open_checkpoint(single)
+    os.truncate(single / "model.safetensors", (single / "model.safetensors").stat().st_size - 4)
+    with pytest.raises(CheckpointError, match="ended while"):
+        load_checkpoint(found)
+
+
 def test_missing_shard(sharded: Path) -> None:
     gone = sorted(sharded.glob("*.safetensors"))[2]
     gone.unlink()

@@ -33,12 +33,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "topk_method": ("greedy", "group_limited_greedy", "noaux_tc", None),
 }
 _LATENT = ("kv_lora_rank", "q_lora_rank")
-_ATTENTION_ONLY = (
-    "attention_bias",
-    "rope_scaling",
-    "sliding_window",
-    "partial_rotary_factor",
-)  # not a block's
+_NOT_OF_A_BLOCK = ("attention_bias", "rope_scaling", "sliding_window", "partial_rotary_factor")
 _NO_EFFECT = {  # says nothing about the function computed at inference
     *("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     *("use_cache", "pad_token_id", "attention_dropout", "pretraining_tp", "output_router_logits", "ep_size"),
@@ -84,7 +79,7 @@ def _translate(raw: dict[str, Any], *, block_only: bool) -> CheckpointConfig:
         )
     notes: list[str] = []
     for key, neutral in _NEUTRAL.items():
-        if key in raw and raw[key] not in neutral and not (block_only and key in _ATTENTION_ONLY):
+        if key in raw and raw[key] not in neutral and not (block_only and key in _NOT_OF_A_BLOCK):
             accepted = ", ".join(str(value) for value in neutral)
             raise ConfigError(f"{key} = {str(raw[key])[:80]} is not supported; accepted: {accepted}.")
     if raw.get("auto_map"):

@@ -79,18 +79,18 @@ def _sharded(folder: Path) -> dict[str, TensorEntry]:
             if tensor in entries:
                 first = entries[tensor].path.name
                 raise CheckpointError(
-                    f"tensor {tensor!r} of {str(folder)!r} is in two shards, {first!r} and {shard!r}."
+                    f"tensor {tensor[:200]!r} of {str(folder)!r} is in two shards, {first!r} and {shard!r}."
                 )
             if where.get(tensor) != shard:
                 raise CheckpointError(
-                    f"{shard!r} holds tensor {tensor!r}, but the index says {where.get(tensor)!r}: index and shards "
-                    "are not of one checkpoint."
+                    f"{shard!r} holds tensor {tensor[:200]!r}, but the index says {where.get(tensor)!r}: index and "
+                    "shards are not of one checkpoint."
                 )
             entries[tensor] = entry
     lost = [tensor for tensor in where if tensor not in entries]
     if lost:
         raise CheckpointError(
-            f"{where[lost[0]]!r} lacks tensor {lost[0]!r}, which the index puts there ({len(lost)} such): index and "
-            "shards are not of one checkpoint."
+            f"{where[lost[0]]!r} lacks tensor {lost[0][:200]!r}, which the index puts there ({len(lost)} such): index "
+            "and shards are not of one checkpoint."
         )
     return entries

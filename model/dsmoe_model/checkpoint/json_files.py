@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,9 +57,8 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise CheckpointError(f"{where!r} has the key {twice!r} twice: refused, nobody can say which one counts.")
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise CheckpointError(f"{where!r} has the key {twice[:200]!r} twice: refused, which one counts is a guess.")
         return found
 
     def no_constant(text: str) -> NoReturn:
