@@ -10,6 +10,7 @@ from dsmoe_compiler.cli.console import UsageError
 from dsmoe_compiler.cli.options import (
     DTYPES,
     TARGETS,
+    add_dtype,
     add_model,
     add_seed,
     check_model,
@@ -45,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode-steps", type=positive, default=32, metavar="N", help="tokens decoded one by one (32)")
     parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed rounds (7)")
     parser.add_argument("--target", choices=TARGETS, help="where to run (cuda where there is a GPU, else cpu)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of weights and activations (fp32, or as stored)")
+    add_dtype(parser)
     parser.add_argument("--report", type=Path, metavar="FILE", help="write one self-contained HTML page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found as JSON; - is stdout")
     add_seed(parser)

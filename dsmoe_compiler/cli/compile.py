@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from pathlib import Path
 
 from dsmoe_compiler.cli.console import UsageError, print_json, say
-from dsmoe_compiler.cli.figures import byte_size
+from dsmoe_compiler.cli.figures import byte_size, plural
 from dsmoe_compiler.cli.options import (
     DTYPES,
     TARGETS,
@@ -20,6 +21,7 @@ from dsmoe_compiler.cli.options import (
     names,
     positive,
 )
+from dsmoe_runtime.errors import ArtifactError
 
 NAME = "compile"
 SUMMARY = "compile a model into a verified artifact folder"
@@ -30,6 +32,8 @@ EXAMPLES = """\
 
 OUT appears only when the compiled model was found to be the same model; otherwise exit 3 and nothing is left behind.
 """
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("aoti",)
 LATER = ("onnx", "mlir")
@@ -53,32 +57,53 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_formats(args.format)
     check_model(args.model)
-    check_output(args.output)
     check_target(args.target)
 
     from dsmoe_compiler.api import compile as compile_model
+    from dsmoe_compiler.artifact import is_artifact
     from dsmoe_compiler.config import CompileConfig
+    from dsmoe_compiler.loading import load_model, progress_bar
+    from dsmoe_compiler.staging import check_place
+
+    try:  # before the minutes of compiling, rather than after
+        check_place(args.output, is_artifact)
+    except ArtifactError as error:
+        raise UsageError(f"-o: {error}") from None
 
     chosen = {} if args.target is None else {"target": args.target}
     config = CompileConfig(
         **chosen,
         formats=args.format,
-        dtype=DTYPES[args.dtype],
+        dtype=DTYPES.get(args.dtype),
         batch_size=args.batch_size,
         max_seq_len=args.max_seq_len,
         strict=args.strict,
         seed=args.seed,
     )
     start = time.perf_counter()
-    artifact = compile_model(args.model, config=config)
-    artifact.save(args.output)
+    with progress_bar(f"loading {args.model}") as progress:
+        loaded = load_model(
+            args.model, dtype=config.torch_dtype, device=config.target or "cpu", seed=args.seed, progress=progress
+        )
+    for note in loaded.notes:
+        log.info("%s: %s", args.model, note)
+    artifact = compile_model(loaded, config=config)
+    try:
+        artifact.save(args.output)
+    finally:
+        artifact.discard()
     seconds = time.perf_counter() - start
 
     if args.json:
         print_json({"output": str(args.output), "seconds": seconds, "manifest": artifact.manifest})
         return 0
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    layers, proof = artifact.manifest["layers"], artifact.manifest["verification"]
+    fused = sum(layer["fused"] for layer in layers)
     say(f"{args.output}: verified, {byte_size(size)}, {seconds:.1f} s")
+    say(f"{fused} of {plural(len(layers), 'MoE layer')} fused")
+    for check in proof["checks"]:
+        say(f"  {check['name']}: {check['detail']}")
     return 0
 
 
@@ -96,15 +121,3 @@ def check_formats(formats: tuple[str, ...]) -> None:
             raise UsageError(f"--format {name} is not there yet; {there}")
         if name not in FORMATS:
             raise UsageError(f"--format {name} is unknown; {there}")
-
-
-def check_output(folder: Path) -> None:
-    """Refuse a folder that saving would refuse, before the minutes of compiling rather than after.
-
-    Raises:
-        UsageError: it is a file, or a folder with something else in it.
-    """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UsageError(f"-o {folder}: exists and is not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifest.json").is_file():
-        raise UsageError(f"-o {folder}: holds files and is no artifact; name a new folder")

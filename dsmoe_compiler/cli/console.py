@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 PACKAGES = ("dsmoe_compiler", "dsmoe_passes", "dsmoe_runtime", "dsmoe_model")
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -35,6 +36,21 @@ def set_up_log(verbose: int, quiet: int) -> None:
         logger.handlers = [handler]
         logger.setLevel(level)
         logger.propagate = False
+    if not verbose:
+        warnings.simplefilter("ignore", FutureWarning)  # what torch will change one day concerns its callers, not users
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as a line of the log: where in the code it was raised helps nobody who runs a command."""
+    logging.getLogger(PACKAGES[0]).warning("warning: %s", message)
 
 
 def accept_any_text() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dsmoe_compiler.cli.console import UsageError, print_json, say
 from dsmoe_compiler.cli.figures import plural
-from dsmoe_compiler.cli.options import DTYPES, add_json, add_seed, check_model, positive
+from dsmoe_compiler.cli.options import DTYPES, add_dtype, add_json, add_seed, check_model, positive
 from dsmoe_compiler.cli.stream import TextStream
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=positive, metavar="N", help="draw from the N likeliest tokens only")
     parser.add_argument("--top-p", type=share, metavar="X", help="draw from the likeliest that make up X of 1")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of a plain model (fp32, or as stored)")
+    add_dtype(parser)
     add_seed(parser)
     add_json(parser)
 

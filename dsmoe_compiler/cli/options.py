@@ -22,7 +22,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of weights and activations (fp32)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of weights and activations (as stored, else fp32)")
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:

@@ -19,12 +19,7 @@ def start(arguments: list[str], mark: Path) -> subprocess.Popen[str]:
     """Start a program whose temporary files go to `mark`, and whose processes can be told by it."""
     temporary = mark / "tmp"
     temporary.mkdir()
-    environment = {
-        **os.environ,
-        MARK: str(mark),
-        "TMPDIR": str(temporary),
-        "TORCHINDUCTOR_CACHE_DIR": str(mark / "cache"),
-    }
+    folders = {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(mark / "cache")}
     return subprocess.Popen(
         [sys.executable, *arguments],
         env={**os.environ, MARK: str(mark), **folders},
