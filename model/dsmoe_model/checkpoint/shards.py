@@ -70,7 +70,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if entry.offset != at:
             what = "overlaps the tensor before it" if entry.offset < at else "leaves a gap before it"
             raise CheckpointError(
-                f"tensor {entry.name[:200]!r} in {str(path)!r} {what} (byte {entry.offset:,}, expected {at:,}): refused."
+                f"tensor {entry.name[:99]!r} in {str(path)!r} {what} (byte {entry.offset:,}, expected {at:,}): refused."
             )
         at += entry.nbytes
     if at != size:
