@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dsmoe_compiler.config import DTYPES, TARGETS
 from dsmoe_compiler.runner import Runner
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
@@ -182,7 +183,9 @@ def open_runner(
 ) -> Runner:
     """Load weights and packages. Raises: ArtifactError, if they do not fit each other or this machine."""
     target = manifest["target"]
-    place = torch.device(device or target)
+    if manifest["dtype"] not in DTYPES:
+        raise ArtifactError(f"{folder} is damaged: dtype is {manifest['dtype'][:40]!r}, not one of {', '.join(DTYPES)}")
+    place = torch.device(device or (target if target in TARGETS else "cpu"))
     if place.type != target:
         raise ArtifactError(f"{folder} was compiled for {target}; it cannot run on {place}")
     if target == "cuda" and not torch.cuda.is_available():
