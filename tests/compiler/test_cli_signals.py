@@ -82,13 +82,16 @@ def test_ctrl_c_while_compiling_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out" / "tiny"
     process = start(["-m", "dsmoe_compiler", "compile", "deepseek-moe-tiny", "-o", str(out)], tmp_path)
     assert process.stderr is not None
-    deadline = time.monotonic() + 120
-    while not any("g++" in line or "cc1plus" in line for line in alive(tmp_path)):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, alive(tmp_path)
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    try:
+        deadline = time.monotonic() + 400
+        while not any("cc1plus" in line for line in alive(tmp_path)):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, alive(tmp_path)
+            time.sleep(0.3)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
     assert "Traceback" not in process.stderr.read()
     assert soon_nothing(tmp_path) == []
     assert not out.exists()
