@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.verify.exact import exact_values
 from dsmoe_compiler.verify.layers import FusedLayer, check_layer
 from dsmoe_compiler.verify.result import Check, Verification
@@ -21,9 +21,6 @@ from dsmoe_compiler.verify.whole import check_cache, check_greedy, check_logits,
 from dsmoe_model.attention import KVCache
 from dsmoe_model.moe import MoE
 from dsmoe_model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from dsmoe_compiler.config import CompileConfig
 
 __all__ = ["Check", "FusedLayer", "Verification", "probes", "verify"]
 

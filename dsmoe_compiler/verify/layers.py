@@ -83,6 +83,7 @@ def check_layer(layer: FusedLayer, calls: Sequence[Call], *, index: int, seed: i
     )
 
 
+@torch.no_grad()
 def scaled_call(module: MoE, like_TH: Tensor, seed: int) -> Call:
     """Random tokens, scaled until the root mean square of the layer's output is about 1, through the oracle."""
     assert module.router is not None

@@ -24,9 +24,10 @@ from dsmoe_runtime.agreement import routing_agreement, within_budget
 def check_cache(
     ours: Sequence[Trace], eager: Sequence[Trace], exact: Sequence[Exact], exact_eager: Sequence[Exact]
 ) -> Check:
-    """Every cache row of every layer. Where a layer's keys and values are the first to be off, accuses the layer before.
+    """Every cache row of every layer.
 
-    Unless only one of the two is off, or the row was not written: then it is the layer's own attention.
+    Where a layer's keys and values are the first to be off, what the layer before handed over is accused; where only
+    one of the two is off, or the row was never written, that layer's own attention.
     """
     places = _places(ours, first=0)
     numbers: dict[str, object] = {}
@@ -126,8 +127,8 @@ def check_greedy(
 ) -> Check:
     """The greedy token of every step is eager's, or its exact logit is within rounding of the best one.
 
-    A choice of experts that rounding excused may lead to another token: `exact` is then float64 with those experts. Where
-    the choice has no excuse, pass `exact_eager` for both.
+    A choice of experts that rounding excused may lead to another token: `exact` is then float64 with those experts.
+    Where the choice has no excuse, pass `exact_eager` for both.
     """
     logits, logits_eager = _rows([t.logits_BNV for t in ours]), _rows([t.logits_BNV for t in eager])
     token_R, token_eager_R = logits.argmax(dim=-1), logits_eager.argmax(dim=-1)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dsmoe_runtime.ops  # noqa: F401  registers dsmoe::
+from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.verify import FusedLayer, Verification, verify
 from dsmoe_compiler.verify.trace import EagerRunner
 from dsmoe_model.config import ModelConfig
@@ -105,10 +105,9 @@ class StandInRunner(EagerRunner):
 
 def verified(model: Transformer, runner: Any | None = None, layers: list[FusedLayer] | None = None) -> Verification:
     """`verify` with everything faithful that is not given."""
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     return verify(
         model,
         StandInRunner(model) if runner is None else runner,
         fused_layers(model) if layers is None else layers,
-        config=SimpleNamespace(seed=0, dtype=dtype),
+        config=CompileConfig(target="cpu"),
     )
