@@ -3,7 +3,6 @@
 T tokens, H hidden size, E experts, I expert width, K experts per token, N = T K slots, A = the accumulation dtype.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from dsmoe_runtime.errors import ConfigError, InputError
 from dsmoe_runtime.ops.activation import ACTIVATIONS, activate, activate_backward
 from dsmoe_runtime.ops.library import refuse_second_backward, register, register_autograd
-from dsmoe_runtime.ops.linear import linear
+from dsmoe_runtime.ops.mlp import mlp
 
 LAYOUTS = ("concat", "interleaved", "concat_transposed", "interleaved_transposed")
 
@@ -141,17 +140,23 @@ def run_experts(
     """`experts` without its checks and its last rounding: `[T, H]` in the accumulation dtype."""
     if layout.endswith("_transposed"):
         gate_up, down = gate_up.mT, down.mT
-    answers_NH = x.new_zeros((experts.numel(), x.shape[1]), dtype=accumulation_dtype(x))
-    for expert, slots, rows in dispatch(experts, gate_up.shape[0]):
-        hidden = linear(x[rows], gate_up[expert])
-        if gate_up_bias is not None:
-            hidden = hidden + gate_up_bias[expert]
-        gate, up = split_gate_up(hidden, layout)
-        answer = linear(activate(gate, up, activation, alpha, limit), down[expert])
-        if down_bias is not None:
-            answer = answer + down_bias[expert]
-        answers_NH[slots] = answer.to(answers_NH.dtype)
-    return combine(answers_NH, weights, experts, gate_up.shape[0])
+    interleaved = layout.startswith("interleaved")
+    slots, parts = dispatch(experts, gate_up.shape[0])
+    rows = x.index_select(0, slots.div(max(1, experts.shape[1]), rounding_mode="floor"))
+    answers = x.new_empty(rows.shape, dtype=accumulation_dtype(x))
+    for expert, start, stop in parts:
+        answers[start:stop] = mlp(
+            rows[start:stop],
+            gate_up[expert],
+            down[expert],
+            None if gate_up_bias is None else gate_up_bias[expert],
+            None if down_bias is None else down_bias[expert],
+            activation,
+            alpha,
+            limit,
+            interleaved,
+        )
+    return combine(answers, slots, weights)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -159,35 +164,37 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def dispatch(experts_TK: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert that has tokens, with its slots (indices into N) and their tokens, both ascending."""
-    ids_N = experts_TK.reshape(-1)
-    order_N = ids_N.argsort(stable=True)
-    tokens_N = order_N.div(max(1, experts_TK.shape[1]), rounding_mode="floor")
-    bounds = torch.searchsorted(
-        ids_N[order_N], torch.arange(num_experts + 1, device=ids_N.device, dtype=ids_N.dtype)
-    ).tolist()
-    for expert in range(num_experts):
-        start, stop = bounds[expert], bounds[expert + 1]
-        if start < stop:
-            yield expert, order_N[start:stop], tokens_N[start:stop]
+def dispatch(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """The slots that are not skipped, sorted by expert, and the part (expert, start, stop) of each expert that has any.
+
+    A slot is an index into the N = T K entries of `experts_TK`; those of one expert are ascending.
+    """
+    ids_N, order_N = experts_TK.reshape(-1).sort(stable=True)
+    edges = torch.arange(num_experts + 1, dtype=ids_N.dtype, device=ids_N.device)
+    bounds = torch.searchsorted(ids_N, edges).tolist()
+    parts = [(e, bounds[e] - bounds[0], bounds[e + 1] - bounds[0]) for e in range(num_experts)]
+    return order_N[bounds[0] : bounds[-1]], [part for part in parts if part[1] < part[2]]
 
 
-def split_gate_up(hidden: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+def combine(answers: Tensor, slots: Tensor, weights_TK: Tensor) -> Tensor:
+    """`[T, H]`: each token's weighted answers, summed in the order of k and in their dtype; `slots` by `dispatch`."""
+    weights_TK = weights_TK.to(answers.dtype)
+    if len(slots) == weights_TK.numel():
+        answers_NH = torch.empty_like(answers)
+    else:  # a skipped slot answers 0 with weight 0, whatever its weight was
+        answers_NH = answers.new_zeros(weights_TK.numel(), answers.shape[1])
+        kept = torch.zeros_like(weights_TK, dtype=torch.bool).view(-1).index_fill_(0, slots, True)
+        weights_TK = weights_TK.masked_fill(~kept.view_as(weights_TK), 0)
+    answers_NH.index_copy_(0, slots, answers)
+    return torch.bmm(weights_TK[:, None], answers_NH.view(*weights_TK.shape, answers.shape[1]))[:, 0]
+
+
+def _split_gate_up(hidden: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """Gate and up, views of the joint projection `[..., 2I]`."""
     if layout.startswith("interleaved"):
         return hidden[..., 0::2], hidden[..., 1::2]
     width = hidden.shape[-1] // 2
     return hidden[..., :width], hidden[..., width:]
-
-
-def combine(answers_NH: Tensor, weights_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
-    """`[T, H]`: the weighted sum of each token's K answers, in the order of k and in the answers' dtype."""
-    weights_TK = weights_TK.to(answers_NH.dtype)
-    skipped_TK = (experts_TK < 0) | (experts_TK >= num_experts)
-    weights_TK = weights_TK.masked_fill(skipped_TK, 0)
-    answers_TKH = answers_NH.view(*weights_TK.shape, answers_NH.shape[1])
-    return torch.bmm(weights_TK[:, None], answers_TKH)[:, 0]
 
 
 def _experts_fake(
@@ -239,14 +246,17 @@ def experts_backward(
     grad_gate_up_bias = _zeros_for(gate_up_bias, x, weight_grads)
     grad_down_bias = _zeros_for(down_bias, x, weight_grads)
 
-    for expert, slots, rows in dispatch(experts, gate_up.shape[0]):
-        x_nH, grad_nH = x[rows].to(acc), grad[rows].to(acc)
+    sorted_slots, parts = dispatch(experts, gate_up.shape[0])
+    for expert, start, stop in parts:
+        slots = sorted_slots[start:stop]
+        tokens = slots.div(experts.shape[1], rounding_mode="floor")
+        x_nH, grad_nH = x[tokens].to(acc), grad[tokens].to(acc)
         weight_n1 = weights.reshape(-1)[slots, None].to(acc)
         gate_up_e, down_e = gate_up[expert].to(acc), down[expert].to(acc)
         joint_n2I = x_nH @ gate_up_e.T
         if gate_up_bias is not None:
             joint_n2I = joint_n2I + gate_up_bias[expert].to(acc)
-        gate_nI, up_nI = split_gate_up(joint_n2I, layout)
+        gate_nI, up_nI = _split_gate_up(joint_n2I, layout)
         hidden_nI = activate(gate_nI, up_nI, activation, alpha, limit)
 
         grad_hidden_nI = grad_nH @ down_e
@@ -279,7 +289,7 @@ def _zeros_for(bias: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
 
 
 def _join_gate_up(gate: Tensor, up: Tensor, layout: str) -> Tensor:
-    """`[..., 2I]`: the inverse of `split_gate_up`."""
+    """`[..., 2I]`: the inverse of `_split_gate_up`."""
     if layout.startswith("interleaved"):
         return torch.stack((gate, up), dim=-1).flatten(-2)
     return torch.cat((gate, up), dim=-1)

@@ -13,7 +13,7 @@ from dsmoe_runtime.errors import ConfigError, InputError
 from dsmoe_runtime.ops.activation import activate, activate_backward
 from dsmoe_runtime.ops.experts import accumulation_dtype, check_alike, check_experts, experts_backward, run_experts
 from dsmoe_runtime.ops.library import refuse_second_backward, register, register_autograd
-from dsmoe_runtime.ops.linear import linear
+from dsmoe_runtime.ops.mlp import mlp
 from dsmoe_runtime.ops.route import check_routing, route, route_backward, weights_of
 
 ROUTER_DTYPES = ("float32", "activation")
@@ -123,8 +123,7 @@ def moe(
     )
     y = run_experts(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout)
     if shared_gate_up is not None and shared_down is not None:
-        gate, up = linear(x, shared_gate_up).chunk(2, dim=-1)
-        answer = linear(activate(gate, up, activation, alpha, limit), shared_down)
+        answer = mlp(x, shared_gate_up, shared_down, None, None, activation, alpha, limit, interleaved=False)
         if shared_gate is not None:
             answer = answer * F.linear(x, shared_gate).sigmoid()
         y = y + answer
