@@ -1,0 +1,73 @@
+"""Under what conditions a number was measured: machine, versions, threads, commit, command, clocks."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def conditions(device: torch.device) -> dict[str, str]:
+    """Ordered facts, ready to print; what is not installed or not known is left out."""
+    facts = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "dsmoe-compiler": _version("dsmoe-compiler"),
+        "commit": _commit(),
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = str(torch.version.cuda)
+        facts |= _gpu_state(device)
+    else:
+        facts["cpu capability"] = torch.backends.cpu.get_cpu_capability()
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    here = str(Path(__file__).parent)
+    commit = _output(["git", "-C", here, "rev-parse", "--short=12", "HEAD"])
+    return f"{commit} + changes" if commit and _output(["git", "-C", here, "status", "--porcelain", "-uno"]) else commit
+
+
+def _gpu_state(device: torch.device) -> dict[str, str]:
+    fields = {"driver": "driver_version", "sm clock": "clocks.sm", "memory clock": "clocks.mem", "power": "power.draw"}
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
+    values = [value.strip() for value in _output(query).split(",")]
+    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,282 @@
+"""Sections on speed: tokens per second, latency against length, the roofline, what compiling costs."""
+
+from __future__ import annotations
+
+from dsmoe_compiler.compare.figures import bytes_text, count_text, rate_text, seconds_text
+from dsmoe_compiler.compare.result import CandidateReport, Comparison, PhaseWork
+from dsmoe_compiler.compare.timing import quantile
+from dsmoe_compiler.report.axes import si
+from dsmoe_compiler.report.charts import Bar, Series, bar_chart, line_chart
+from dsmoe_compiler.report.markup import Markup, join, table, tag
+
+
+def phase_title(comparison: Comparison, phase: str, tokens: int) -> str:
+    """What was timed, in words."""
+    if phase == "decode":
+        return f"Decode: one token at a time after {comparison.decode_context}"
+    return f"Prefill: {tokens} token{'s' if tokens > 1 else ''} at once"
+
+
+def tiles(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+    """(what, figure, unit, note) of our own results, for the top of the page."""
+    ours, found = comparison.candidate("dsmoe"), []
+    points = [("decode", 1), *([("prefill", max(comparison.tokens))] if comparison.tokens else [])]
+    for phase, tokens in points:
+        point = ours.at(phase, tokens)
+        if point is not None and point.tokens_per_second is not None and point.roofline_share is not None:
+            what = "Decode" if phase == "decode" else f"Prefill, {tokens} tokens"
+            note = f"{point.speedup:.2f}× eager, {point.roofline_share:.0%} of the roofline" if point.speedup else ""
+            found.append((what, rate_text(point.tokens_per_second), " tokens/s", note))
+    if ours.compile_seconds is not None:
+        pays = (
+            f"pays off after {count_text(ours.break_even_tokens)} tokens"
+            if ours.break_even_tokens
+            else "never pays off"
+        )
+        found.append(("Compile", f"{ours.compile_seconds:.1f}", " s", pays))
+    if ours.agreement is not None and ours.agreement.errors:
+        flips = sum(layer.mismatches for layer in ours.agreement.routing)
+        worst = max(ours.agreement.errors)
+        found.append(
+            ("Error against float64", f"{worst:.1e}", "", f"worst row; {flips} routing choices differ from eager")
+        )
+    return found
+
+
+def section(comparison: Comparison) -> Markup:
+    """Bars for every phase, latency against length, and the numbers."""
+    decode = tag("figure", tag("figcaption", phase_title(comparison, "decode", 1)), _bars(comparison, "decode", 1))
+    prefills = [
+        tag(
+            "figure",
+            tag("figcaption", phase_title(comparison, "prefill", tokens)),
+            _bars(comparison, "prefill", tokens),
+        )
+        for tokens in sorted(comparison.tokens, reverse=True)
+    ]
+    curve = _latency(comparison) if len(comparison.tokens) > 1 else None
+    note = (
+        f"Medians of {comparison.repeats} rounds in which the candidates took turns; the thin line is p10 to p90, "
+        "the bold figure the speed-up over eager. Every candidate was checked against float64 before it was timed."
+    )
+    return tag(
+        "section",
+        tag("h2", "Speed"),
+        tag("p", note, class_="lead"),
+        tag("div", decode, prefills[0], curve, *prefills[1:], class_="grid"),
+        tag("details", tag("summary", "All timings"), *_tables(comparison)),
+    )
+
+
+def _bars(comparison: Comparison, phase: str, tokens: int) -> Markup:
+    bars = []
+    for candidate in comparison.candidates:
+        point = candidate.at(phase, tokens)
+        if point is None or point.samples is None or point.tokens_per_second is None:
+            skipped = next((m.skipped for m in candidate.measurements if (m.phase, m.tokens) == (phase, tokens)), None)
+            note = "skipped: not enough memory" if skipped else candidate.state
+            bars.append(Bar(label=candidate.title, name=candidate.name, value=None, note=note))
+            continue
+        work = point.tokens_per_second * point.samples.median
+        seconds = list(point.samples.seconds)
+        bars.append(
+            Bar(
+                label=candidate.title,
+                name=candidate.name,
+                value=point.tokens_per_second,
+                text=rate_text(point.tokens_per_second),
+                strong=f"{point.speedup:.2f}×" if point.speedup and candidate.name != "eager" else "",
+                low=work / quantile(seconds, 0.9),
+                high=work / quantile(seconds, 0.1),
+            )
+        )
+    return bar_chart(bars, title=f"{phase_title(comparison, phase, tokens)}, tokens per second")
+
+
+def _latency(comparison: Comparison) -> Markup:
+    series = []
+    for candidate in comparison.candidates:
+        points = [candidate.at("prefill", tokens) for tokens in sorted(comparison.tokens)]
+        known = [(p.tokens, p.samples) for p in points if p is not None and p.samples is not None]
+        whiskers = [(t, quantile(list(s.seconds), 0.1), s.p90) for t, s in known]
+        line = Series(
+            label=candidate.title,
+            name=candidate.name,
+            points=tuple((float(tokens), samples.median) for tokens, samples in known),
+            whiskers=tuple((float(tokens), low, high) for tokens, low, high in whiskers),
+        )
+        series.append(line)
+    chart = line_chart(
+        series,
+        title="Latency of one prefill against its length",
+        x_label="tokens",
+        y_label="seconds",
+        x_text=lambda tokens: f"{tokens:.0f}",
+        y_text=lambda seconds: si(seconds, "s"),
+        x_ticks=[float(tokens) for tokens in comparison.tokens],
+    )
+    return tag("figure", tag("figcaption", "Latency of one prefill against its length"), chart)
+
+
+def _tables(comparison: Comparison) -> list[Markup]:
+    head = ("candidate", "tokens/s", "mean", "± sd", "median", "p90", "spread", "vs eager", "of roof", "working memory")
+    parts = []
+    for work in comparison.work:
+        rows: list[tuple[object, ...]] = []
+        for candidate in comparison.candidates:
+            point = candidate.at(work.phase, work.tokens)
+            if point is None or point.samples is None or point.tokens_per_second is None:
+                rows.append(
+                    (candidate.title, candidate.state if candidate.state != "measured" else "skipped", *[""] * 8)
+                )
+                continue
+            samples = point.samples
+            unstable = tag("span", " unstable", class_="warn-text") if samples.unstable else None
+            rows.append(
+                (
+                    candidate.title,
+                    rate_text(point.tokens_per_second),
+                    seconds_text(samples.mean),
+                    seconds_text(samples.sd),
+                    seconds_text(samples.median),
+                    seconds_text(samples.p90),
+                    join(f"{samples.spread:.0%}", unstable),
+                    f"{point.speedup:.2f}×" if point.speedup else "",
+                    f"{point.roofline_share:.1%}" if point.roofline_share else "",
+                    bytes_text(point.memory.working_bytes) if point.memory else "not known",
+                )
+            )
+        parts.append(tag("h3", phase_title(comparison, work.phase, work.tokens)))
+        parts.append(table(head, rows, marked=_ours(comparison)))
+    return parts
+
+
+def roofline_section(comparison: Comparison) -> Markup:
+    """Each phase at its arithmetic intensity, under the roof measured in the same run."""
+    roof = comparison.roof
+    intensities = [item.work.flops / item.work.bytes for item in comparison.work]
+    ridge = roof.flops_per_second / roof.bytes_per_second
+    low, high = min([*intensities, ridge]) / 1.6, max([*intensities, ridge]) * 2.2
+    edges = [(low, low * roof.bytes_per_second), (ridge, roof.flops_per_second), (high, roof.flops_per_second)]
+    series = [_under_roof(comparison, candidate) for candidate in comparison.candidates]
+    marks = tuple((x, min(x * roof.bytes_per_second, roof.flops_per_second), text) for x, text in _gathered(comparison))
+    chart = line_chart(
+        [one for one in series if one.points],
+        title="Roofline",
+        x_label="operations per byte that has to move",
+        y_label="FLOP/s",
+        x_text=lambda value: f"{value:.3g}",
+        y_text=lambda value: si(value),
+        roof=tuple(edges),
+        remarks=marks,
+        height=340,
+    )
+    head = ("phase", "bound by", "bytes", "operations", "least time", "experts hit per layer")
+    rows = [
+        (
+            _short(item),
+            item.work.bound,
+            bytes_text(item.work.bytes),
+            si(item.work.flops, "FLOP"),
+            seconds_text(item.work.seconds),
+            _range(item.distinct),
+        )
+        for item in comparison.work
+    ]
+    note = (
+        f"Measured in this run: {bytes_text(roof.bytes_per_second)}/s of memory bandwidth and "
+        f"{si(roof.flops_per_second)}FLOP/s in {roof.dtype} matrix products. Bytes count the weights of the experts "
+        "that this input really hit, once per layer. A model that fits into the processor's cache can exceed the roof."
+    )
+    return tag(
+        "section",
+        tag("h2", "Against the roofline"),
+        tag("p", note, class_="lead"),
+        tag("div", tag("figure", chart), tag("div", table(head, rows, text_columns=2)), class_="grid"),
+    )
+
+
+def _under_roof(comparison: Comparison, candidate: CandidateReport) -> Series:
+    points = []
+    for item in comparison.work:
+        point = candidate.at(item.phase, item.tokens)
+        if point is not None and point.samples is not None:
+            points.append((item.work.flops / item.work.bytes, item.work.flops / point.samples.median))
+    return Series(label=candidate.title, name=candidate.name, points=tuple(sorted(points)), joined=False)
+
+
+def compile_section(comparison: Comparison) -> Markup | None:
+    """Total time against tokens decoded: where a line crosses eager's, compiling has paid for itself."""
+    compiling = [c for c in comparison.candidates if c.compile_seconds is not None and c.at("decode", 1) is not None]
+    if not compiling:
+        return None
+    furthest = max([c.break_even_tokens or 0 for c in compiling] + [1000]) * 10
+    series, remarks = [], []
+    for candidate in comparison.candidates:
+        point = candidate.at("decode", 1)
+        if point is None or point.tokens_per_second is None:
+            continue
+        begin, step = candidate.compile_seconds or 0.0, 1 / point.tokens_per_second
+        counts = [10 ** (exponent / 8) for exponent in range(8, 200) if 10 ** (exponent / 8) <= furthest]
+        line = tuple((count, begin + count * step) for count in counts)
+        series.append(Series(label=candidate.title, name=candidate.name, points=line))
+        if candidate.break_even_tokens:
+            tokens = candidate.break_even_tokens
+            remarks.append((float(tokens), begin + tokens * step, f"{count_text(tokens)} tokens"))
+    chart = line_chart(
+        series,
+        title="Time to decode n tokens, compilation included",
+        x_label="tokens decoded",
+        y_label="seconds, compilation included",
+        x_text=count_text,
+        y_text=lambda seconds: f"{seconds:g}",
+        remarks=tuple(remarks),
+    )
+    rows = [
+        (
+            candidate.title,
+            candidate.note or "",
+            f"{candidate.compile_seconds:.1f} s",
+            f"{candidate.break_even_tokens:,}" if candidate.break_even_tokens else "never",
+        )
+        for candidate in compiling
+        if candidate.compile_seconds is not None
+    ]
+    return tag(
+        "section",
+        tag("h2", "What compiling costs"),
+        tag("p", "Break-even: tokens to decode until compiling has paid for itself against eager.", class_="lead"),
+        tag(
+            "div",
+            tag("figure", chart),
+            tag("div", table(("candidate", "", "compile", "break-even tokens"), rows, text_columns=2)),
+            class_="grid",
+        ),
+    )
+
+
+def _gathered(comparison: Comparison) -> list[tuple[float, str]]:
+    """Arithmetic intensity and name of each phase; those that would be written over each other share one remark."""
+    places = sorted((item.work.flops / item.work.bytes, _short(item)) for item in comparison.work)
+    gathered: list[tuple[float, str]] = []
+    for x, text in places:
+        if gathered and x / gathered[-1][0] < 1.5:
+            gathered[-1] = (gathered[-1][0], f"{gathered[-1][1]}, {text}")
+        else:
+            gathered.append((x, text))
+    return gathered
+
+
+def _short(item: PhaseWork) -> str:
+    return "decode" if item.phase == "decode" else f"prefill {item.tokens}"
+
+
+def _range(distinct: tuple[int, ...]) -> str:
+    if not distinct:
+        return "none"
+    low, high = min(distinct), max(distinct)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _ours(comparison: Comparison) -> int:
+    return next((i for i, candidate in enumerate(comparison.candidates) if candidate.name == "dsmoe"), -1)
