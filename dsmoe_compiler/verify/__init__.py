@@ -25,7 +25,7 @@ from dsmoe_model.transformer import Transformer
 __all__ = ["Check", "FusedLayer", "Verification", "probes", "verify"]
 
 PROMPTS = (1, 7, 48)
-STEPS = (4, 4, 16)
+STEPS = (2, 2, 12)
 
 
 def verify(
@@ -93,7 +93,7 @@ def verify(
 def probes(vocab_size: int, *, batch: int, capacity: int, seed: int) -> list[tuple[Tensor, int]]:
     """Fixed prompts `[B, S]` of random tokens, each with the number of tokens to decode after it.
 
-    1, 7 and 48 tokens with 4, 4 and 16 steps; shorter where the cache holds less.
+    1, 7 and 48 tokens with 2, 2 and 12 steps; shorter where the cache holds less.
     """
     generator = torch.Generator().manual_seed(seed)
     plan = []

@@ -16,7 +16,7 @@ from dsmoe_compiler.verify.exact import possible_experts
 from dsmoe_compiler.verify.result import Check
 from dsmoe_compiler.verify.trace import Call
 from dsmoe_model.moe import MoE
-from dsmoe_model.router import HashRouter, Router
+from dsmoe_model.router import HashRouter, Router, Routing
 from dsmoe_runtime.agreement import Agreement, RoutingAgreement, routing_agreement, within_budget
 
 SCALED_TOKENS = 63
@@ -45,32 +45,37 @@ def check_layer(layer: FusedLayer, calls: Sequence[Call], *, index: int, seed: i
     module, exact_module = layer.module, copy.deepcopy(layer.module).double()
     assert module.router is not None
     assert module.experts is not None
-    assert exact_module.router is not None
     calls = [*calls, scaled_call(module, calls[0].x_TH, seed)]
     places = [f"row {row} of T = {call.x_TH.shape[0]}" for call in calls for row in range(call.x_TH.shape[0])]
-    ours, experts = _run(layer.fused, calls)
+    eager = joined(calls)
+    ours_TH, experts_TK = _run(layer.fused, calls)
+    exact_TH, exact_scores_TE = _exact(exact_module, eager, experts_TK)
+    same = torch.equal(experts_TK, eager.routing.experts_TK)
+    exact_eager_TH = exact_TH if same else _exact(exact_module, eager, eager.routing.experts_TK)[0]
     routing = judge_routing(
         module.router,
-        torch.cat(experts),
-        torch.cat([call.routing.experts_TK for call in calls]),
-        exact_TE=torch.cat([exact_module.router(call.x_TH.double(), call.token_ids_T).scores_TE for call in calls]),
-        eager_TE=torch.cat([call.routing.scores_TE for call in calls]),
+        experts_TK,
+        eager.routing.experts_TK,
+        exact_TE=exact_scores_TE,
+        eager_TE=eager.routing.scores_TE,
     )
-    exact = _exact(exact_module, calls, experts)
-    exact_eager = _exact(exact_module, calls, [call.routing.experts_TK for call in calls])
-    values = {"layer": _judge(ours, [call.y_TH for call in calls], exact, exact_eager)}
+    values = {"layer": within_budget(ours_TH, eager=eager.y_TH, exact=exact_TH, exact_eager=exact_eager_TH)}
     if layer.routed_only is not None and exact_module.shared_experts is not None:
-        ours, experts = _run(layer.routed_only, calls)
-        eager = [module.experts(call.x_TH, call.routing.weights_TK, call.routing.experts_TK) for call in calls]
-        shared = [exact_module.shared_experts(call.x_TH.double()) for call in calls]
-        exact = [y_TH - s_TH for y_TH, s_TH in zip(_exact(exact_module, calls, experts), shared, strict=True)]
-        exact_eager = [y_TH - s_TH for y_TH, s_TH in zip(exact_eager, shared, strict=True)]
-        values["routed experts"] = _judge(ours, eager, exact, exact_eager)
+        ours_TH, alone_TK = _run(layer.routed_only, calls)
+        shared_TH = exact_module.shared_experts(eager.x_TH.double())
+        if not torch.equal(alone_TK, experts_TK):
+            exact_TH = _exact(exact_module, eager, alone_TK)[0]
+        values["routed experts"] = within_budget(
+            ours_TH,
+            eager=module.experts(eager.x_TH, eager.routing.weights_TK, eager.routing.experts_TK),
+            exact=exact_TH - shared_TH,
+            exact_eager=exact_eager_TH - shared_TH,
+        )
 
     problems = [] if routing.ok else [f"routing: {routing} (that is {places[routing.worst_token or 0]})"]
     problems += [f"{part}: {explain(verdict, places)}" for part, verdict in values.items() if not verdict.ok]
-    empty_TH = layer.fused(calls[0].x_TH[:0])[0]
-    if empty_TH.shape != calls[0].x_TH[:0].shape:
+    empty_TH = layer.fused(eager.x_TH[:0])[0]
+    if empty_TH.shape != eager.x_TH[:0].shape:
         problems.append(f"no tokens in, {list(empty_TH.shape)} out")
     passed = ", ".join(f"{part} {verdict.worst:.1e} of {verdict.budget:.1e}" for part, verdict in values.items())
     numbers = {part.replace(" ", "_"): numbers_of(verdict) for part, verdict in values.items()}
@@ -91,7 +96,7 @@ def scaled_call(module: MoE, like_TH: Tensor, seed: int) -> Call:
     x = torch.randn(SCALED_TOKENS, like_TH.shape[1], generator=generator).to(like_TH.device)
     vocabulary = module.router.config.vocab_size
     token_ids_T = torch.randint(vocabulary, (SCALED_TOKENS,), generator=generator).to(like_TH.device)
-    for _ in range(6):
+    for _ in range(3):
         x_TH = x.to(like_TH.dtype)
         y_BTH, routing = module(x_TH[None], token_ids_T)
         size = float(y_BTH.double().square().mean().sqrt())
@@ -144,26 +149,25 @@ def numbers_of(verdict: Agreement | RoutingAgreement) -> dict[str, object]:
     }
 
 
-def _run(fused: Callable[[Tensor], tuple[Tensor, Tensor]], calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
-    outputs = [fused(call.x_TH) for call in calls]
-    return [y_TH for y_TH, _ in outputs], [experts_TK for _, experts_TK in outputs]
-
-
-def _exact(exact_module: MoE, calls: Sequence[Call], experts: Sequence[Tensor]) -> list[Tensor]:
-    assert exact_module.experts is not None
-    n_experts = exact_module.experts.n_routed_experts
-    return [
-        exact_module(call.x_TH.double(), call.token_ids_T, possible_experts(experts_TK, n_experts))[0]
-        for call, experts_TK in zip(calls, experts, strict=True)
-    ]
-
-
-def _judge(
-    ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor], exact_eager: Sequence[Tensor]
-) -> Agreement:
-    return within_budget(
-        torch.cat(list(ours)),
-        eager=torch.cat(list(eager)),
-        exact=torch.cat(list(exact)),
-        exact_eager=torch.cat(list(exact_eager)),
+def joined(calls: Sequence[Call]) -> Call:
+    """The rows of all calls as those of one."""
+    return Call(
+        x_TH=torch.cat([call.x_TH for call in calls]),
+        token_ids_T=torch.cat([call.token_ids_T for call in calls]),
+        y_TH=torch.cat([call.y_TH for call in calls]),
+        routing=Routing(*(torch.cat(parts) for parts in zip(*(call.routing for call in calls), strict=True))),
     )
+
+
+def _run(fused: Callable[[Tensor], tuple[Tensor, Tensor]], calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
+    """`(y, experts)` of all rows, each call by itself: its number of tokens may choose another way through."""
+    outputs = [fused(call.x_TH) for call in calls]
+    return torch.cat([y_TH for y_TH, _ in outputs]), torch.cat([experts_TK for _, experts_TK in outputs])
+
+
+def _exact(exact_module: MoE, call: Call, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """`(y, scores)` in float64 with the experts given."""
+    assert exact_module.experts is not None
+    possible_TK = possible_experts(experts_TK, exact_module.experts.n_routed_experts)
+    y_BTH, routing = exact_module(call.x_TH.double()[None], call.token_ids_T, possible_TK)
+    return y_BTH[0], routing.scores_TE

@@ -33,7 +33,7 @@ BASE = {
     "initializer_range": 0.125,  # 1 / sqrt(64): activations about 1
 }
 MOE = BASE | {
-    "n_routed_experts": 11,
+    "n_routed_experts": 7,
     "n_shared_experts": 2,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
