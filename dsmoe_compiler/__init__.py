@@ -2,8 +2,8 @@
 
     import dsmoe_compiler as dsmoe
 
-`compile`, `explain` and `load` come from `dsmoe_compiler.api`; they are fetched when first asked for, so that importing the
-package costs no import of torch.
+`compile`, `explain` and `load` come from `dsmoe_compiler.api`; they are fetched when first asked for, so that
+importing the package costs no import of torch.
 """
 
 from __future__ import annotations

@@ -43,11 +43,12 @@ def compile(
 ) -> Artifact:
     """Capture, fuse, compile and verify a language model; `.save(folder)` of what comes back publishes it.
 
-    `model` is a preset's name, a checkpoint folder, what `load_model` gave, or a `Transformer`. Nothing stays behind when
-    this fails. Other modules: `torch.compile(module, backend="dsmoe")`.
+    `model` is a preset's name, a checkpoint folder, what `load_model` gave, or a `Transformer`. Nothing stays behind
+    when this fails. Other modules: `torch.compile(module, backend="dsmoe")`.
 
-    Raises: VerificationError if the compiled model is not the same model; its text says which layer diverges first, and its
-    `verification` has the numbers. NotFusedError under `strict`. ConfigError, CheckpointError, TargetError as they say.
+    Raises: VerificationError if the compiled model is not the same model; its text says which layer diverges first,
+    and its `verification` has the numbers. NotFusedError under `strict`. ConfigError, CheckpointError, TargetError as
+    they say.
     """
     config = config or CompileConfig()
     loaded = as_loaded(model, config)
@@ -94,9 +95,9 @@ def explain(
 ) -> Explanation:
     """Every mixture-of-experts layer of `model` with what is fused or why not; nothing is compiled.
 
-    Presets and checkpoints are explained on the meta device: no weight is allocated or read. A module that is not of the
-    reference architecture needs `example_inputs`, the positional arguments of one call. `stage` names a pass (or "all") whose
-    graph is kept as text before and after.
+    Presets and checkpoints are explained on the meta device: no weight is allocated or read. A module that is not of
+    the reference architecture needs `example_inputs`, the positional arguments of one call. `stage` names a pass (or
+    "all") whose graph is kept as text before and after.
     """
     if isinstance(model, nn.Module) and not isinstance(model, Transformer):
         if example_inputs is None:
@@ -113,7 +114,7 @@ def explain(
 def prove(
     model: Transformer, artifact: Artifact, capture: Capture, config: CompileConfig, progress: Callable[[str], None]
 ) -> Verification:
-    """Verify an artifact before it is published. Raises: VerificationError with what failed, and the result as `.result`."""
+    """Verify an artifact before it is published. Raises: VerificationError; its `.result` has the numbers."""
     result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=progress)
     if not result.ok:
         error = VerificationError(f"the compiled model is not the same model; nothing was written\n{result}")
@@ -123,7 +124,7 @@ def prove(
 
 
 def fused_layers(model: Transformer, capture: Capture) -> list[FusedLayer]:
-    """The layers that became one `dsmoe::moe`, each as a function of its tokens with the weights that the graph holds."""
+    """The layers that became one `dsmoe::moe`, each as a function of its tokens with the weights in the graph."""
     graph = list(capture.graphs.values())[-1]
     layers = []
     for name, node in capture.operators().items():
@@ -146,14 +147,15 @@ def operator(graph: fx.GraphModule, node: fx.Node, *, shared: bool) -> Callable[
 
 
 def as_loaded(model: Model, config: CompileConfig) -> Loaded:
-    """`model` as `load_model` gives it. Raises: ConfigError for what is no language model of ours, or has another dtype."""
+    """`model` as `load_model` gives it. Raises: ConfigError for no language model of ours, or another dtype."""
     if isinstance(model, str | Path):
         return load_model(model, dtype=config.torch_dtype, device=config.target or "cpu", seed=config.seed)
     if isinstance(model, Transformer):
         model = Loaded(model, model.config, None, "a model in memory", ())
     if not isinstance(model, Loaded):
         raise ConfigError(
-            f"a {type(model).__name__} cannot be packaged: compile takes a preset's name, a checkpoint folder or a Transformer. "
+            f"a {type(model).__name__} cannot be packaged: compile takes a preset's name, a checkpoint folder or a "
+            "Transformer. "
             'For any other module there is torch.compile(module, backend="dsmoe")'
         )
     dtype = model.model.embed_tokens.weight.dtype

@@ -3,10 +3,11 @@
     fast = torch.compile(model, backend="dsmoe")                                  # mode="reduce-overhead" works too
     fast = torch.compile(model, backend="dsmoe", options={"dsmoe.strict": True})  # a layer left alone is an error
 
-The rewrite happens above autograd, so training works: the operators bring their own backward. Options of Inductor pass through.
-The loop over experts of an eager model asks for the tokens of each expert, whose number depends on data. Dynamo breaks the
-graph there unless `capture_dynamic_output_shape_ops` is on; importing this module, which torch does when the back end is asked
-for by name, turns it on. A deep model compiles faster through `dsmoe_compiler.compile`, which traces each kind of layer once.
+The rewrite happens above autograd, so training works: the operators bring their own backward. Options of Inductor
+pass through. The loop over experts of an eager model asks for the tokens of each expert, whose number depends on
+data. Dynamo breaks the graph there unless `capture_dynamic_output_shape_ops` is on; importing this module, which
+torch does when the back end is asked for by name, turns it on. A deep model compiles faster through
+`dsmoe_compiler.compile`, which traces each kind of layer once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo.config
@@ -30,6 +31,7 @@ from dsmoe_passes.result import Refused
 from dsmoe_runtime.errors import ConfigError, NotFusedError
 
 log = logging.getLogger(__name__)
+Compiled = Callable[..., Any]
 aten = torch.ops.aten
 torch._dynamo.config.capture_dynamic_output_shape_ops = True
 
@@ -44,7 +46,7 @@ class Options:
 
 def dsmoe(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
-) -> Callable[..., Any]:
+) -> Compiled:
     """The back end. `DSMOE_DISABLE=1` leaves everything to Inductor.
 
     Raises: ConfigError for an unknown `dsmoe.` option, NotFusedError under `dsmoe.strict`.
@@ -53,11 +55,11 @@ def dsmoe(
     if mode:
         patches = {**list_mode_options(mode), **patches}
     if os.environ.get("DSMOE_DISABLE") == "1":
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
     graph = functional(gm, example_inputs)
     steps = pipeline.run(graph, dump=own.dump)
     report(steps, own)
-    return compile_fx(graph, list(example_inputs), config_patches=patches)
+    return cast(Compiled, compile_fx(graph, list(example_inputs), config_patches=patches))
 
 
 def read_options(options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -72,9 +74,9 @@ def read_options(options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 def functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """Dynamo's graph as functional aten above autograd; inputs that it writes are copied to at the end."""
-    graph, signature = aot_export_module(
-        gm, tuple(example_inputs), trace_joint=False, pre_dispatch=True, decompositions={}
-    )
+    inputs = tuple(example_inputs)
+    exported, signature = aot_export_module(gm, inputs, trace_joint=False, pre_dispatch=True, decompositions={})
+    graph = cast(fx.GraphModule, exported)
     placeholders = {node.name: node for node in graph.graph.find_nodes(op="placeholder")}
     written = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     output = graph.graph.output_node()

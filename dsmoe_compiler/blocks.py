@@ -1,8 +1,9 @@
 """Mixture-of-experts blocks of a model: found, captured once for each kind, and put back as raised graphs.
 
-A loop over 64 experts unrolls into 1,400 nodes. Tracing it in every layer of a deep model would take minutes, so each kind of
-block (same class, same settings, same shapes) is traced once, alone, with a free number of tokens; the passes raise its loop;
-and while the whole model is traced, every block of that kind runs the raised graph on its own weights.
+A loop over 64 experts unrolls into 1,400 nodes. Tracing it in every layer of a deep model would take minutes, so each
+kind of block (same class, same settings, same shapes) is traced once, alone, with a free number of tokens; the passes
+raise its loop; and while the whole model is traced, every block of that kind runs the raised graph on its own
+weights.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Raised:
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The smallest modules that hold stacked experts `[E, ., .]` and a gate `[E, H]`; where there is no gate, the experts alone.
+    """The smallest modules with stacked experts `[E, ., .]` and a gate `[E, H]`; without a gate, the experts alone.
 
     Nothing is read off names: what counts is the shapes of the parameters.
     """
@@ -79,17 +80,15 @@ def kind(block: Block) -> tuple:
     """Equal for two blocks that one trace can stand for."""
     rows: list[tuple] = []
     for name, module in block.module.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        tensors = tuple((key, tuple(tensor.shape), tensor.dtype) for key, tensor in own)
         settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and not isinstance(v, torch.Tensor)}
-        tensors = [
-            (n, tuple(t.shape), t.dtype)
-            for n, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        ]
-        rows.append((name, type(module), repr(sorted(settings.items())), tuple(tensors)))
-    shapes = [
+        rows.append((name, type(module), repr(sorted(settings.items())), tensors))
+    given = [
         (tuple(a.shape), a.dtype, a.device) if isinstance(a, torch.Tensor) else repr(a)
         for a in pytree.tree_leaves(block.args)
     ]
-    return (tuple(rows), tuple(shapes))
+    return (tuple(rows), tuple(given))
 
 
 def why_not(block: Block, model: nn.Module) -> str | None:

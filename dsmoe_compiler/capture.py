@@ -27,11 +27,11 @@ MOE, EXPERTS = torch.ops.dsmoe.moe.default, torch.ops.dsmoe.experts.default
 
 
 class Capture:
-    """The phases of a language model, traced and fused one by one; see `blocks` for how the experts' loops are captured.
+    """The phases of a language model, traced and fused one by one; `blocks` tells how the experts' loops are captured.
 
-    Making one traces and raises the blocks. `phases()` yields each phase when it is ready, so that a target may compile the
-    first while the second is traced; after it, `explanation()` tells all. `dump` names a pass (or "all") whose graphs are kept
-    as text; `debug` compares numbers after every pass over a block.
+    Making one traces and raises the blocks. `phases()` yields each phase when it is ready, so that a target may
+    compile the first while the second is traced; after it, `explanation()` tells all. `dump` names a pass (or "all")
+    whose graphs are kept as text; `debug` compares numbers after every pass over a block.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Capture:
 def explain_module(
     model: nn.Module, inputs: tuple[Any, ...], *, dump: str | None = None, progress: Progress = lambda _: None
 ) -> Explanation:
-    """Explain any module, on the inputs of one call: its blocks are found, traced and raised, and it is traced whole."""
+    """Explain any module on the inputs of one call: its blocks are traced and raised, then it is traced whole."""
     start = time.perf_counter()
     blocks = []
     with recorded(find_blocks(model)) as calls, torch.no_grad():
@@ -131,7 +131,7 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], free: Any) -> fx.GraphModu
 
 def operators_of(graph: fx.GraphModule, blocks: list[str], *, prefix: str) -> dict[str, fx.Node]:
     """The `dsmoe::` operator that stands for each block."""
-    found = {}
+    found: dict[str, fx.Node] = {}
     for node in graph.graph.nodes:
         if node.target in (MOE, EXPERTS):
             path = layer_of(node).removeprefix(prefix)

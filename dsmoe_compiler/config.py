@@ -18,9 +18,11 @@ DEFAULT_CAPACITY = 512
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """`target` None: CUDA where there is a GPU, else the CPU. `dtype` None: as stored or as the model is. `max_seq_len`: positions of the KV cache (prompt and answer);
-    None: the model's own limit, at most 512. `strict`: a layer left alone is an error. `debug`: compare numbers after each
-    pass. `verify` False skips the proof, and the manifest says so.
+    """`target` None: CUDA where there is a GPU, else the CPU. `dtype` None: as stored, or as the model is.
+
+    `max_seq_len`: positions of the KV cache, prompt and answer together; None: the model's own limit, at most 512.
+    `strict`: a layer left alone is an error. `verify` False skips the proof, and the manifest says so. `debug`: compare
+    numbers after each pass.
 
     Raises: ConfigError for a value outside its range, TargetError for a target that this machine has not.
     """

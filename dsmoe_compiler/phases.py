@@ -41,7 +41,7 @@ class Prefill(nn.Module):
 
 
 class Decode(nn.Module):
-    """`(ids [B, 1], position [1], keys, values)` -> the same two, for the one token. The caches are written at `position`."""
+    """`(ids [B, 1], position [1], keys, values)` -> the same two, for that token. Caches are written at `position`."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import fx
 from torch._prims_common import is_contiguous_or_false
 
-from dsmoe_passes.region import is_symbol
 from dsmoe_passes.result import PassResult
 
 aten = torch.ops.aten
@@ -46,35 +46,38 @@ def canonicalise(gm: fx.GraphModule) -> PassResult:
 
 def _canonicalise(graph: fx.Graph, node: fx.Node) -> str:
     """Rewrite one node; the name of what was done to it, or nothing."""
-    if node.target in ASSERTIONS or _is_true_of_any_size(node):
+    source = node.args[0] if node.args else None
+    if node.target in ASSERTIONS or _is_true_of_any_size(node) or (_is_promotion(node) and not node.users):
         graph.erase_node(node)
         return "assertion dropped"
-    if getattr(node.target, "__name__", "") == "promote_types.default" and not node.users:
-        graph.erase_node(node)
-        return "assertion dropped"
+    if not isinstance(source, fx.Node):
+        return ""
+    if _is_idle(node, source):
+        node.replace_all_uses_with(source)
+        return f"idle {str(node.target).split('.')[1]} dropped"
     if node.target in CASTS and _is_plain_cast(node):
-        source, dtype = node.args[0], _cast_dtype(node)
-        if source.meta["val"].dtype == dtype:
-            node.replace_all_uses_with(source)
-            return "idle cast dropped"
-        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
-        return ""
-    if node.target in VIEWS:
-        node.target = aten.view.default if _viewable(node) else node.target
-        return ""
-    if node.target is aten.chunk.default:
-        return _chunk_to_split(node)
-    if node.target is aten.slice.Tensor and _slices_everything(node):
-        node.replace_all_uses_with(node.args[0])
-        return "idle slice dropped"
-    if node.target is aten.mul.Tensor and node.args[1] == 1.0 and not isinstance(node.args[1], fx.Node):
-        if node.args[0].meta["val"].dtype == node.meta["val"].dtype:
-            node.replace_all_uses_with(node.args[0])
-            return "product with 1 dropped"
-    if node.target is aten.alias.default:
-        node.replace_all_uses_with(node.args[0])
-        return "alias dropped"
+        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": node.meta["val"].dtype}
+    elif node.target in VIEWS and _is_view(node, source):
+        node.target = aten.view.default
+    elif node.target is aten.chunk.default:
+        _chunk_to_split(node, source)
     return ""
+
+
+def _is_promotion(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "promote_types.default"
+
+
+def _is_idle(node: fx.Node, source: fx.Node) -> Any:
+    """Whether `node` hands on what `source` is."""
+    if node.target is aten.slice.Tensor:
+        return _slices_everything(node, source)
+    if node.target in CASTS:
+        return _is_plain_cast(node) and source.meta["val"].dtype == node.meta["val"].dtype
+    if node.target is aten.mul.Tensor:
+        factor = node.args[1]
+        return isinstance(factor, int | float) and factor == 1 and source.meta["val"].dtype == node.meta["val"].dtype
+    return node.target is aten.alias.default
 
 
 def _is_true_of_any_size(node: fx.Node) -> bool:
@@ -92,32 +95,27 @@ def _is_true_of_any_size(node: fx.Node) -> bool:
 def _is_plain_cast(node: fx.Node) -> bool:
     if node.target is aten.to.dtype:
         return len(node.args) == 2 and not any(node.kwargs.values())
-    return set(k for k, v in node.kwargs.items() if v is not None) <= {"dtype"} and node.kwargs.get("dtype") is not None
+    return {key for key, given in node.kwargs.items() if given is not None} == {"dtype"}
 
 
-def _cast_dtype(node: fx.Node) -> torch.dtype:
-    return node.args[1] if node.target is aten.to.dtype else node.kwargs["dtype"]  # type: ignore[return-value]
-
-
-def _viewable(node: fx.Node) -> bool:
+def _is_view(node: fx.Node, source: fx.Node) -> Any:
     """A reshape may be written as a view where its source is contiguous (otherwise it copies)."""
-    val = node.args[0].meta.get("val")
-    return node.target is not aten.reshape.default or (isinstance(val, torch.Tensor) and is_contiguous_or_false(val))
+    val = source.meta.get("val")
+    return node.target is not aten.reshape.default or (
+        isinstance(val, torch.Tensor) and bool(is_contiguous_or_false(val))
+    )
 
 
-def _chunk_to_split(node: fx.Node) -> str:
-    source, chunks = node.args[0], node.args[1]
-    dim = node.args[2] if len(node.args) > 2 else 0
+def _chunk_to_split(node: fx.Node, source: fx.Node) -> None:
+    chunks, dim = node.args[1], node.args[2] if len(node.args) > 2 else 0
     size = source.meta["val"].shape[dim]
     if isinstance(size, int) and isinstance(chunks, int) and size % chunks == 0:
         node.target, node.args = aten.split.Tensor, (source, size // chunks, dim)
-    return ""
 
 
-def _slices_everything(node: fx.Node) -> bool:
-    source, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-    if is_symbol(node) or isinstance(end, fx.Node) or isinstance(start, fx.Node):
-        return False
-    size = source.meta["val"].shape[dim or 0]
-    whole = end is None or end == END or (isinstance(size, int) and end >= size)
+def _slices_everything(node: fx.Node, source: fx.Node) -> bool:
+    given = list(node.args) + [None] * (5 - len(node.args))
+    dim, start, end, step = given[1] or 0, given[2], given[3], given[4]
+    size = source.meta["val"].shape[dim]
+    whole = end is None or (isinstance(end, int) and (end == END or (isinstance(size, int) and end >= size)))
     return start in (None, 0) and whole and step in (None, 1)

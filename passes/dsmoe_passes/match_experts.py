@@ -10,8 +10,9 @@ Before (the loop as tracing unrolls it, once for each expert e = 0 .. E-1)
 After
   y_TH    = dsmoe.experts(x_TH, experts_TK, weights_TK, gate_up_E2IH, down_EHI, activation, layout)
 
-T tokens, H model width, I expert width, E experts, K slots, n tokens of one expert. The same products, accumulated in float32
-in the same order of experts; the last bits may differ, because the operator may join the GEMMs of several rows differently.
+T tokens, H model width, I expert width, E experts, K slots, n tokens of one expert. The same products, accumulated in
+float32 in the same order of experts; the last bits may differ, because the operator may join the GEMMs of several
+rows differently.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def match(tail: fx.Node) -> Match | None:
         _check_like_first(link, first)
     for link in links:
         _check_private(link, chain)
-    if len(_users(first.gate_up)) > len(links) or len(_users(first.down)) > len(links):
+    if len(first.gate_up.users) > len(links) or len(first.down.users) > len(links):
         raise Mismatch(first.gate_up, "the experts' weights have another user: packing them would pull the two apart")
     width = value(first.hidden).shape[-1]
     activation, layout = identify_joined(first.activation, first.hidden, first.activated, width)
@@ -162,14 +163,16 @@ def _read_turn(add: fx.Node) -> Link:
 
 def _read_weighted(product: object, token: object, where: fx.Node) -> tuple[fx.Node, fx.Node]:
     """`out.float() * weights[t, k][:, None]`, in either order: the GEMM's output, and the weights `[T, K]`."""
+    if isinstance(product, fx.Node):
+        product = uncast(product)
     if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor:
         node = product if isinstance(product, fx.Node) else where
         raise Mismatch(node, "an expert's output is not multiplied by its routing weight before it is added")
-    for gemm, weight in (product.args, product.args[::-1]):
-        if isinstance(gemm, fx.Node) and uncast(gemm).target is aten.linear.default:
-            break
-    else:
+    factors = [factor for factor in product.args if isinstance(factor, fx.Node)]
+    gemm = next((factor for factor in factors if uncast(factor).target is aten.linear.default), None)
+    if gemm is None or len(factors) != 2:
         raise Mismatch(product, "neither factor of the weighted output is the down GEMM")
+    weight = factors[1 - factors.index(gemm)]
     if not value(product).dtype.is_floating_point or value(product).dtype.itemsize < 4:
         raise Mismatch(product, f"outputs are weighted in {value(product).dtype}; dsmoe::experts does so in float32")
     weights = _read_routing_weight(weight, token, where)  # type: ignore[arg-type]
@@ -248,10 +251,6 @@ def _check_private(link: Link, chain: list[fx.Node]) -> None:
 def _shared_between_turns(node: fx.Node) -> bool:
     """`weights[:, :, None]` may be written once for the whole loop."""
     return node.target is aten.unsqueeze.default and all(user.target is aten.index.Tensor for user in node.users)
-
-
-def _users(node: fx.Node) -> list[fx.Node]:
-    return list(node.users)
 
 
 def _result(tail: fx.Node, x: fx.Node) -> fx.Node:

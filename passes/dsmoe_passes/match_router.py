@@ -9,9 +9,10 @@ After
   w_TK, i_TK = dsmoe.route(logits_TE, bias_E, K, "softmax", n_group, topk_group, group_score, renormalize, eps, scale)
   y_TH       = dsmoe.experts(x_TH, i_TK, w_TK, ...)
 
-The experts say which tensors are the routing, so this pass runs after match_experts. What the region computes is not read off
-its operators: they only narrow the candidates (is there a sigmoid, is there a sum to divide by), and a candidate is taken if
-it gives the region's ids and weights on 2,048 rows of random logits. Same selection, same arithmetic in float32.
+The experts say which tensors are the routing, so this pass runs after match_experts. What the region computes is not
+read off its operators: they only narrow the candidates (is there a sigmoid, is there a sum to divide by), and a
+candidate is taken if it gives the region's ids and weights on 2,048 rows of random logits. Same selection, same
+arithmetic in float32.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def match_router(gm: fx.GraphModule) -> PassResult:
 
 
 def match(node: fx.Node) -> Match:
-    """The gate in front of one `dsmoe::experts`. Raises: Mismatch with the reason, if `dsmoe::route` cannot express it."""
+    """The gate in front of one `dsmoe::experts`. Raises: Mismatch, with the reason that it is no `dsmoe::route`."""
     experts, weights, stacked = node.args[1], node.args[2], node.args[3]
     assert isinstance(experts, fx.Node)
     assert isinstance(weights, fx.Node)
@@ -98,10 +99,10 @@ def match(node: fx.Node) -> Match:
     if value(logits).dim() != 2 or value(logits).shape[1] != n_experts:
         raise Mismatch(logits, f"logits must have shape [T, {n_experts}], got {tuple(value(logits).shape)}")
     biases = [n for n in leaves if n is not logits]
-    if len(biases) > 1 or any(tuple(value(n).shape) != (n_experts,) for n in biases):
+    if len(biases) > 1 or any(tuple(value(n).shape) != (n_experts,) or not _is_float(n) for n in biases):
         names = ", ".join(f"{n.name} {tuple(value(n).shape)}" for n in biases)
         raise Mismatch(
-            experts, f"beside the logits the gate reads {names}; dsmoe::route takes one bias of shape [{n_experts}]"
+            experts, f"beside the logits the gate reads {names}; dsmoe::route takes one bias [{n_experts}] of floats"
         )
     bias = biases[0] if biases else None
     return Match(_identify(inside, logits, bias, weights, experts, n_experts, top_k), logits, bias, weights, experts)
@@ -128,7 +129,7 @@ def _identify(
     rows = size_hint_of_rows(logits)
     if rows == 0:
         raise Mismatch(logits, "the graph was traced without a token: there is nothing to probe its gate with")
-    samples = []
+    samples: list[tuple] = []
     for seed in range(-(-PROBE_ROWS // rows)):
         generator = torch.Generator().manual_seed(seed)
         given = {logits: 2 * torch.randn(rows, n_experts, generator=generator, dtype=value(logits).dtype)}
@@ -138,7 +139,7 @@ def _identify(
     for gate in _candidates(inside, n_experts, top_k):
         if all(_agrees(gate, *sample) for sample in samples):
             return gate
-    operators = ", ".join(dict.fromkeys(str(n.target).split(".")[1] for n in inside if n.op == "call_function"))
+    operators = ", ".join(dict.fromkeys(str(n.target).split(".")[1] for n in inside if "." in str(n.target)))
     raise Mismatch(
         experts, f"no gate of dsmoe::route gives the same ids and weights on {PROBE_ROWS} random rows ({operators})"
     )
@@ -149,7 +150,7 @@ def _candidates(inside: list[fx.Node], n_experts: int, top_k: int) -> Iterator[G
     targets = {node.target for node in inside}
     scores = [score for score, target in SCORES.items() if target in targets]
     sizes = {size for n in inside if n.target in RESHAPING for size in literals([n], int)}
-    groups = [1] + sorted(g for g in sizes if 1 < g < n_experts and n_experts % g == 0)
+    groups = [1, *sorted(g for g in sizes if 1 < g < n_experts and n_experts % g == 0)]
     eps = [x for x in literals(inside, float) if 0 < x < 1e-3] + [0.0]
     scales = [1.0] + [
         x for x in literals(inside, float) + literals(inside, int) if x not in (0, 1) and abs(x) != float("inf")
@@ -170,6 +171,10 @@ SCORES = {
     "softmax_after_topk": aten.softmax.int,
 }
 RESHAPING = {aten.view.default, aten.reshape.default, aten.unflatten.int}
+
+
+def _is_float(node: fx.Node) -> bool:
+    return value(node).dtype.is_floating_point
 
 
 def _agrees(

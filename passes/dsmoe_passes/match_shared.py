@@ -1,13 +1,17 @@
 """The shared experts -> the shared operands of dsmoe::moe.
 
-Before                                                       After
-  y_TH, i_TK = dsmoe.moe(x_TH, ..., None, None, None)           both_2SH = cat([gate_SH, up_SH])
-  a_TS = activation(linear(x_TH, gate_SH), linear(x_TH, up_SH)) y_TH, i_TK = dsmoe.moe(x_TH, ..., both_2SH, down_HS, None)
-  z_TH = add(y_TH, linear(a_TS, down_HS))                       z_TH = y_TH
+Before
+  y_TH, i_TK = dsmoe.moe(x_TH, ..., None, None, None)
+  a_TS       = activation(linear(x_TH, gate_SH), linear(x_TH, up_SH))
+  z_TH       = add(y_TH, linear(a_TS, down_HS))
+After
+  both_2SH   = cat([gate_SH, up_SH])
+  z_TH, i_TK = dsmoe.moe(x_TH, ..., both_2SH, down_HS, None)
 
-S is the width of all shared experts together: they are one feed-forward, because SwiGLU is element-wise. The `cat` of two
-parameters is for pack_weights to fold; where weights cannot be packed (a graph that trains, or one whose parameters are inputs),
-shared experts with gate and up apart are left to Inductor. Routed and shared outputs are summed in float32 and rounded once.
+S is the width of all shared experts together: they are one feed-forward, because SwiGLU is element-wise. The `cat` of
+two parameters is for pack_weights to fold; where weights cannot be packed (a graph that trains, or one whose
+parameters are inputs), shared experts with gate and up apart are left to Inductor. Routed and shared outputs are
+summed in float32 and rounded once.
 """
 
 from __future__ import annotations

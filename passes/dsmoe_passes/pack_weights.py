@@ -4,8 +4,8 @@ Before                                                       After
   both_2SH = cat([gate_proj_SH, up_proj_SH])                    both_2SH = get_attr gate_proj_packed
   y_TH, i_TK = dsmoe.moe(..., both_2SH, down_HS, None)          y_TH, i_TK = dsmoe.moe(..., both_2SH, down_HS, None)
 
-Only in graphs that hold their parameters (`get_attr`); the parameters that nothing reads any more are dropped, so that the
-packed copy replaces them. Numbers do not change.
+Only in graphs that hold their parameters (`get_attr`); the parameters that nothing reads any more are dropped, so
+that the packed copy replaces them. Numbers do not change.
 """
 
 from __future__ import annotations

@@ -51,9 +51,9 @@ def run(
 ) -> list[Step]:
     """Run `passes` over `gm` in place.
 
-    After each pass the graph is linted, and its outputs must have the shapes and dtypes that they had. `dump` names a pass
-    (or is "all") whose graph is kept as text before and after. `probe` runs the graph on real inputs: with it, the outputs'
-    numbers are compared too (debug mode; see `same_numbers`).
+    After each pass the graph is linted, and its outputs must have the shapes and dtypes that they had. `dump` names a
+    pass (or is "all") whose graph is kept as text before and after. `probe` runs the graph on real inputs: with it,
+    the outputs' numbers are compared too (debug mode; see `same_numbers`).
 
     Raises: RuntimeError naming the pass, if a pass breaks the graph.
     """

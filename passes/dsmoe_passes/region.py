@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -71,7 +72,7 @@ def between(outputs: Iterable[fx.Node], stop: Callable[[fx.Node], bool]) -> tupl
 
 def fingerprint(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple:
     """The region's computation with node names replaced by positions: equal for isomorphic regions."""
-    where: dict[fx.Node, object] = {node: ("input", i) for i, node in enumerate(inputs)}
+    where: dict[fx.Node, Any] = {node: ("input", i) for i, node in enumerate(inputs)}
     rows = []
     for i, node in enumerate(nodes):
         args = fx.node.map_arg((node.args, node.kwargs), lambda n: where.get(n, ("outside", n.name)))
@@ -82,9 +83,9 @@ def fingerprint(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple:
 
 def run(nodes: list[fx.Node], results: list[fx.Node], given: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
     """Evaluate a region on real tensors. Integers from outside take the size they had while tracing."""
-    env: dict[fx.Node, object] = dict(given)
+    env: dict[fx.Node, Any] = dict(given)
 
-    def lookup(node: fx.Node) -> object:
+    def lookup(node: fx.Node) -> Any:
         if node not in env:
             if not is_symbol(node):
                 raise Mismatch(node, f"{node.name} is needed to probe the region but lies outside it")
