@@ -79,10 +79,12 @@ class Compiled:
         return self.runner.new_cache()
 
     def prefill(self, ids_BS: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        return self.runner.prefill(ids_BS, cache)
+        logits_BV, experts = self.runner.prefill(ids_BS, cache)
+        return logits_BV, experts if isinstance(experts, Tensor) else torch.stack(list(experts))
 
     def decode(self, ids_B1: Tensor, position: int, cache: Any) -> tuple[Tensor, Tensor]:
-        return self.runner.decode(ids_B1, position, cache)
+        logits_BV, experts = self.runner.decode(ids_B1, position, cache)
+        return logits_BV, experts if isinstance(experts, Tensor) else torch.stack(list(experts))
 
     def refuses(self, tokens: int) -> str | None:
         return None

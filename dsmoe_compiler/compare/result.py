@@ -68,7 +68,8 @@ class Measurement:
 class CandidateReport:
     """`state`: "measured", "disagrees" (checked and refused, hence not timed), "absent" or "failed", with `reason`.
 
-    `break_even_tokens`: decoded tokens after which compiling has paid for itself against eager; None if never.
+    `break_even_tokens`: decoded tokens after which compiling has paid for itself against eager; None if never or
+    if the gain is within the noise of the samples.
     """
 
     name: str
@@ -164,7 +165,7 @@ def _against(comparison: Comparison, ours: CandidateReport, phase: str, tokens: 
     mine = ours.at(phase, tokens)
     if mine is None or mine.samples is None:
         return ""
-    parts = []
+    parts: list[str] = []
     for other in comparison.candidates:
         theirs = other.at(phase, tokens)
         if other is not ours and theirs is not None and theirs.samples is not None:

@@ -41,7 +41,7 @@ class Work:
     bound: str  # "memory" | "compute"
 
 
-def measure_roof(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> Roof:
+def measure_roof(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.4) -> Roof:
     """Best of as many repeats as fit into `seconds` for each of read, copy and GEMM (256 MB and 1024^3 on the CPU)."""
     cuda = device.type == "cuda"
     n_bytes, side = (2**32, 8192) if cuda else (2**28, 1024)

@@ -24,6 +24,7 @@ from dsmoe_compiler.compare.measure import Plan, least_work, measure
 from dsmoe_compiler.compare.ours import compiled, facts_of
 from dsmoe_compiler.compare.result import CandidateAgreement, CandidateReport, Comparison, Measurement
 from dsmoe_compiler.compare.roofline import measure_roof
+from dsmoe_compiler.compare.timing import Samples
 from dsmoe_compiler.loading import Loaded
 from dsmoe_model.transformer import Transformer
 
@@ -200,11 +201,16 @@ def _with_measurements(
         measurements=measurements.get(report.name, ()),
         compile_seconds=seconds.get(report.name, report.compile_seconds),
     )
-    decode = report.at("decode", 1)
-    if report.compile_seconds is None or decode is None or decode.samples is None or decode.speedup is None:
+    eager, mine = (_decode_samples(measurements.get(name, ())) for name in ("eager", report.name))
+    if report.compile_seconds is None or eager is None or mine is None:
         return report
-    saved = decode.samples.median * (decode.speedup - 1)
-    return replace(report, break_even_tokens=math.ceil(report.compile_seconds / saved) if saved > 0 else None)
+    saved = eager.median - mine.median
+    pays = saved > max(eager.sd, mine.sd)
+    return replace(report, break_even_tokens=math.ceil(report.compile_seconds / saved) if pays else None)
+
+
+def _decode_samples(measurements: tuple[Measurement, ...]) -> Samples | None:
+    return next((m.samples for m in measurements if m.phase == "decode"), None)
 
 
 def _stock_dynamo() -> Any:
