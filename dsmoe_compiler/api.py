@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from dsmoe_compiler import artifact as artifacts
 from dsmoe_compiler.artifact import Artifact, load
-from dsmoe_compiler.capture import MOE, Capture, explain_module
+from dsmoe_compiler.capture import MOE_OP, Capture, explain_module
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.explanation import Explanation
 from dsmoe_compiler.loading import Loaded, load_model
@@ -129,7 +129,7 @@ def fused_layers(model: Transformer, capture: Capture) -> list[FusedLayer]:
     layers = []
     for name, node in capture.operators().items():
         module = model.get_submodule(name)
-        if node.target is MOE and isinstance(module, MoE):
+        if node.target is MOE_OP and isinstance(module, MoE):
             alone = operator(graph, node, shared=False) if node.args[-2] is not None else None
             layers.append(FusedLayer(name, module, operator(graph, node, shared=True), alone))
     return layers
@@ -143,7 +143,7 @@ def operator(graph: fx.GraphModule, node: fx.Node, *, shared: bool) -> Callable[
     ]
     if not shared:
         operands[-3:] = [None, None, None]
-    return lambda x: MOE(x, *operands)
+    return lambda x: MOE_OP(x, *operands)
 
 
 def as_loaded(model: Model, config: CompileConfig) -> Loaded:

@@ -16,6 +16,7 @@ import dsmoe_runtime.ops  # noqa: F401  registers the operators
 from dsmoe_compiler.blocks import Block, Raised, find_blocks, kind, raise_block, swapped, why_not
 from dsmoe_compiler.explanation import Explanation, LayerReport, PassReport
 from dsmoe_compiler.phases import PHASES, Phase, example_inputs
+from dsmoe_model.moe import MoE
 from dsmoe_model.transformer import Transformer
 from dsmoe_passes import pipeline
 from dsmoe_passes.result import layer_of
@@ -23,7 +24,7 @@ from dsmoe_passes.result import layer_of
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 MODEL = "model."  # where the phases hold the model
-MOE, EXPERTS = torch.ops.dsmoe.moe.default, torch.ops.dsmoe.experts.default
+MOE_OP, EXPERTS_OP = torch.ops.dsmoe.moe.default, torch.ops.dsmoe.experts.default
 
 
 class Capture:
@@ -53,7 +54,8 @@ class Capture:
         if debug:
             x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         ids = torch.zeros(batch, 4, dtype=torch.int64, device=weight.device)
-        blocks = [Block(name, module, (x, ids, None)) for name, module in find_blocks(model)]
+        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, MoE) and m.experts is not None]
+        blocks = [Block(name, module, (x, ids, None)) for name, module in layers]
         self.raised, self.passes = raise_blocks(blocks, model, dump=dump, debug=debug, progress=progress)
         self.seconds = time.perf_counter() - start
 
@@ -133,7 +135,7 @@ def operators_of(graph: fx.GraphModule, blocks: list[str], *, prefix: str) -> di
     """The `dsmoe::` operator that stands for each block."""
     found: dict[str, fx.Node] = {}
     for node in graph.graph.nodes:
-        if node.target in (MOE, EXPERTS):
+        if node.target in (MOE_OP, EXPERTS_OP):
             path = layer_of(node).removeprefix(prefix)
             found |= {name: node for name in blocks if path == name or path.startswith(name + ".")}
     return found
@@ -151,7 +153,7 @@ def report_layer(block: Block, outcome: Raised, node: fx.Node | None) -> LayerRe
         reason = outcome.reason or "its operator is not in the whole model's graph"
         return LayerReport(block.name, False, "", None, "eager loop", reason, outcome.node)
     patterns = [r.pattern for step in outcome.steps for r in step.result.rewritten]
-    if node.target is EXPERTS:
+    if node.target is EXPERTS_OP:
         refused = next((r for step in outcome.steps for r in step.result.refused), None)
         reason, where = (refused.because, refused.node) if refused else ("the gate's values are used elsewhere", None)
         return LayerReport(block.name, True, " + ".join(patterns), "dsmoe::experts", kernel_of(node), reason, where)

@@ -1,4 +1,4 @@
-"""Blocks are found by the shapes of their weights, traced once a kind, put back; what must not be fused is left alone."""
+"""Blocks are found by their weights' shapes, traced once a kind, put back; what must not be fused is left alone."""
 
 from dataclasses import replace
 
@@ -70,7 +70,9 @@ def test_hooks_on_one_layer_leave_the_others_fused() -> None:
     transformer = model()
     transformer.layers[1].mlp.experts.register_forward_hook(lambda *_: None)
     assert [layer.fused for layer in api.explain(transformer).layers] == [False, True, True]
-    with pytest.raises(NotFusedError, match="1 layers were left alone; layers.1.mlp: layers.1.mlp.experts has hooks"):
+    with pytest.raises(
+        NotFusedError, match=r"1 layers were left alone; layers\.1\.mlp: layers\.1\.mlp\.experts has hooks"
+    ):
         api.compile(transformer, config=CompileConfig(target="cpu", strict=True, max_seq_len=16))
 
 
