@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
-from dsmoe_compiler.cli.console import UsageError
+from dsmoe_compiler.cli.console import UsageError, print_json, say
 from dsmoe_compiler.cli.options import (
     DTYPES,
     TARGETS,
@@ -28,6 +29,9 @@ EXAMPLES = """\
   dsmoe compare path/to/checkpoint --dtype bf16 --against hf --json result.json
 """
 
+log = logging.getLogger(__name__)
+
+FAILED, UNVERIFIED = 1, 3
 AGAINST = ("eager", "inductor", "hf", "hf-grouped", "hf-batched")
 
 
@@ -63,13 +67,22 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from dsmoe_compiler.compare.compare import compare
+    from dsmoe_compiler.compare import compare, render_table
     from dsmoe_compiler.loading import load_model, progress_bar
+    from dsmoe_compiler.report import write_report
+    from dsmoe_model.checkpoint.json_files import write_json
 
     target = args.target or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     with progress_bar(f"loading {args.model}") as progress:
         loaded = load_model(args.model, dtype=dtype, device=target, seed=args.seed, progress=progress)
+    limit = loaded.config.max_position_embeddings
+    if max(args.tokens) > limit or args.decode_steps >= limit:
+        raise UsageError(
+            f"--tokens {max(args.tokens)} and --decode-steps {args.decode_steps} must fit the model's {limit} positions"
+        )
+    for note in loaded.notes:
+        log.info("%s: %s", args.model, note)
     comparison = compare(
         loaded,
         against=args.against,
@@ -77,7 +90,21 @@ def run(args: argparse.Namespace) -> int:
         decode_steps=args.decode_steps,
         repeats=args.repeats,
     )
-    return 0 if comparison.ok else 3
+    for path in (args.report, args.json):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if args.report:
+        write_report(args.report, comparison)
+        log.info("report: %s", args.report)
+    if args.json and str(args.json) != "-":
+        write_json(args.json, comparison.to_dict())
+        log.info("JSON: %s", args.json)
+    if str(args.json) == "-":
+        print_json(comparison.to_dict())
+    else:
+        say(render_table(comparison))
+    states = [candidate.state for candidate in comparison.candidates if candidate.name == "dsmoe"]
+    return 0 if comparison.ok else UNVERIFIED if "disagrees" in states else FAILED
 
 
 def check_file(path: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dsmoe_compiler.cli.console import UsageError, print_json, print_table, say
 from dsmoe_compiler.cli.figures import plural
-from dsmoe_compiler.cli.options import add_json, add_model, add_seed, check_model
+from dsmoe_compiler.cli.options import add_json, add_model, check_model
 
 if TYPE_CHECKING:
     from dsmoe_compiler.explanation import Explanation
@@ -28,17 +28,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--stage", metavar="PASS", help="print the graph before and after this pass, or after 'all'")
     parser.add_argument("--strict", action="store_true", help="exit 1 if a layer was left alone")
-    add_seed(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     check_model(args.model)
-    if args.stage is not None:
-        check_stage(args.stage)
 
     from dsmoe_compiler.api import explain
 
+    if args.stage is not None:
+        check_stage(args.stage)
     explanation = explain(args.model, stage=args.stage)
     if args.json:
         print_json(explanation.to_dict())
