@@ -42,7 +42,7 @@ def project(weight: Tensor, x: Tensor) -> Tensor:
     half = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
     if rows == 1:
         return torch.mv(weight, x[0].to(weight.dtype))[:, None]
-    if half and rows <= MV_ROWS:
+    if half and 0 < rows <= MV_ROWS:
         return torch.stack([torch.mv(weight, row) for row in x.to(weight.dtype)], dim=1)
     if half:
         # Without bfloat16 instructions a GEMM in it is 5 to 7 times slower than one in float32, copies included.
