@@ -115,7 +115,8 @@ def prove(
     model: Transformer, artifact: Artifact, capture: Capture, config: CompileConfig, progress: Callable[[str], None]
 ) -> Verification:
     """Verify an artifact before it is published. Raises: VerificationError; its `.result` has the numbers."""
-    result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=progress)
+    say = lambda step: progress(f"verify: {step}")  # noqa: E731
+    result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say)
     if not result.ok:
         error = VerificationError(f"the compiled model is not the same model; nothing was written\n{result}")
         error.result = result  # type: ignore[attr-defined]

@@ -164,8 +164,9 @@ def report_layer(block: Block, outcome: Raised, node: fx.Node | None) -> LayerRe
 
 def kernel_of(node: fx.Node) -> str:
     """What runs the operator on the device that the graph is for."""
-    device = node.meta["val"][0].device if isinstance(node.meta["val"], (tuple, list)) else node.meta["val"].device
-    return f"torch rule on {device.type}"
+    value = node.meta["val"]
+    device = (value[0] if isinstance(value, tuple | list) else value).device.type
+    return "torch rule" if device == "meta" else f"torch rule on {device}"
 
 
 def report_steps(graph: str, steps: list[pipeline.Step] | tuple[pipeline.Step, ...]) -> list[PassReport]:

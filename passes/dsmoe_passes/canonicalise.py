@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import fx
@@ -68,15 +67,17 @@ def _is_promotion(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "promote_types.default"
 
 
-def _is_idle(node: fx.Node, source: fx.Node) -> Any:
+def _is_idle(node: fx.Node, source: fx.Node) -> bool:
     """Whether `node` hands on what `source` is."""
     if node.target is aten.slice.Tensor:
         return _slices_everything(node, source)
     if node.target in CASTS:
-        return _is_plain_cast(node) and source.meta["val"].dtype == node.meta["val"].dtype
+        return _is_plain_cast(node) and bool(source.meta["val"].dtype == node.meta["val"].dtype)
     if node.target is aten.mul.Tensor:
         factor = node.args[1]
-        return isinstance(factor, int | float) and factor == 1 and source.meta["val"].dtype == node.meta["val"].dtype
+        return (
+            isinstance(factor, int | float) and factor == 1 and bool(source.meta["val"].dtype == node.meta["val"].dtype)
+        )
     return node.target is aten.alias.default
 
 
@@ -98,7 +99,7 @@ def _is_plain_cast(node: fx.Node) -> bool:
     return {key for key, given in node.kwargs.items() if given is not None} == {"dtype"}
 
 
-def _is_view(node: fx.Node, source: fx.Node) -> Any:
+def _is_view(node: fx.Node, source: fx.Node) -> bool:
     """A reshape may be written as a view where its source is contiguous (otherwise it copies)."""
     val = source.meta.get("val")
     return node.target is not aten.reshape.default or (

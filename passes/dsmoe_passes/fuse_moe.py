@@ -1,8 +1,11 @@
 """Gate GEMM, dsmoe::route and dsmoe::experts -> one dsmoe::moe.
 
-Before                                                       After
-  l_TE       = linear(x_TH.float(), router_EH.float())          y_TH, i_TK = dsmoe.moe(x_TH, router_EH, ..., gate_up,
-  down) w_TK, i_TK = dsmoe.route(l_TE, ...) y_TH       = dsmoe.experts(x_TH, i_TK, w_TK, gate_up, down)
+Before
+  l_TE       = linear(x_TH.float(), router_EH.float())
+  w_TK, i_TK = dsmoe.route(l_TE, ...)
+  y_TH       = dsmoe.experts(x_TH, i_TK, w_TK, gate_up, down)
+After
+  y_TH, i_TK = dsmoe.moe(x_TH, router_EH, ..., gate_up, down)
 
 The ids stay readable (they are the operator's second output), the weights and the scores do not: a graph that uses
 them keeps the two operators apart. Same arithmetic: the operator is the composition of the two.

@@ -126,16 +126,7 @@ def _identify(
     n_experts: int,
     top_k: int,
 ) -> Gate:
-    rows = size_hint_of_rows(logits)
-    if rows == 0:
-        raise Mismatch(logits, "the graph was traced without a token: there is nothing to probe its gate with")
-    samples: list[tuple] = []
-    for seed in range(-(-PROBE_ROWS // rows)):
-        generator = torch.Generator().manual_seed(seed)
-        given = {logits: 2 * torch.randn(rows, n_experts, generator=generator, dtype=value(logits).dtype)}
-        if bias is not None:
-            given[bias] = torch.randn(n_experts, generator=generator, dtype=value(bias).dtype)
-        samples.append((given[logits], None if bias is None else given[bias], *run(inside, [weights, experts], given)))
+    samples = _samples(inside, logits, bias, weights, experts)
     for gate in _candidates(inside, n_experts, top_k):
         if all(_agrees(gate, *sample) for sample in samples):
             return gate
@@ -143,6 +134,34 @@ def _identify(
     raise Mismatch(
         experts, f"no gate of dsmoe::route gives the same ids and weights on {PROBE_ROWS} random rows ({operators})"
     )
+
+
+def _samples(
+    inside: list[fx.Node], logits: fx.Node, bias: fx.Node | None, weights: fx.Node, experts: fx.Node
+) -> list[tuple]:
+    """Logits, bias, and the weights and ids that the region gives for them, 2,048 rows at once if it takes so many.
+
+    It does not, if the number of tokens it was traced with is written into it; then it gets that many at a time.
+    """
+
+    def sample(rows: int, seed: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        given = {logits: 2 * torch.randn(rows, n_experts, generator=generator, dtype=value(logits).dtype)}
+        if bias is not None:
+            given[bias] = torch.randn(n_experts, generator=generator, dtype=value(bias).dtype)
+        outputs = run(inside, [weights, experts], given, {str(traced): rows})
+        if any(output.shape[0] != rows for output in outputs):
+            raise RuntimeError(f"{rows} rows in, {outputs[0].shape[0]} out")
+        return given[logits], given.get(bias) if bias is not None else None, *outputs
+
+    traced, n_experts = value(logits).shape
+    rows = traced if isinstance(traced, int) else int(traced.node.hint)
+    if rows == 0:
+        raise Mismatch(logits, "the graph was traced without a token: there is nothing to probe its gate with")
+    try:
+        return [sample(PROBE_ROWS, 0)]
+    except RuntimeError:
+        return [sample(rows, seed) for seed in range(-(-PROBE_ROWS // rows))]
 
 
 def _candidates(inside: list[fx.Node], n_experts: int, top_k: int) -> Iterator[Gate]:
@@ -192,11 +211,3 @@ def _agrees(
     mine_w, its_w = mine_w.gather(1, mine_order), weights.gather(1, its_order)
     eps = max(torch.finfo(logits.dtype).eps, torch.finfo(its_w.dtype).eps)
     return bool(((mine_w - its_w).abs() <= 16 * eps * its_w.abs()).all())
-
-
-def size_hint_of_rows(logits: fx.Node) -> int:
-    """The number of rows that the graph was traced with; symbolic or not, the region runs with just that many."""
-    rows = value(logits).shape[0]
-    if isinstance(rows, int):
-        return rows
-    return int(rows.node.hint)

@@ -81,15 +81,24 @@ def fingerprint(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple:
     return tuple(rows)
 
 
-def run(nodes: list[fx.Node], results: list[fx.Node], given: dict[fx.Node, torch.Tensor]) -> list[torch.Tensor]:
-    """Evaluate a region on real tensors. Integers from outside take the size they had while tracing."""
+def run(
+    nodes: list[fx.Node],
+    results: list[fx.Node],
+    given: dict[fx.Node, torch.Tensor],
+    sizes: dict[str, int] | None = None,
+) -> list[torch.Tensor]:
+    """Evaluate a region on real tensors.
+
+    Integers from outside take the value that `sizes` gives for their symbolic expression, or else had while tracing.
+    """
     env: dict[fx.Node, Any] = dict(given)
+    sizes = sizes or {}
 
     def lookup(node: fx.Node) -> Any:
         if node not in env:
             if not is_symbol(node):
                 raise Mismatch(node, f"{node.name} is needed to probe the region but lies outside it")
-            env[node] = size_hint(node)
+            env[node] = sizes.get(str(node.meta["val"]), size_hint(node))
         return env[node]
 
     for node in nodes:
