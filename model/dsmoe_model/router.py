@@ -100,8 +100,7 @@ class HashRouter(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        table = torch.arange(config.vocab_size)[:, None] % config.n_routed_experts
-        self.register_buffer("token_experts", table)
+        self.register_buffer("token_experts", torch.zeros(config.vocab_size, 1, dtype=torch.int64))
         self.config = config
 
     def forward(self, x_TH: Tensor, token_ids: Tensor | None = None, experts_TK: Tensor | None = None) -> Routing:

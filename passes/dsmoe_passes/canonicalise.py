@@ -72,7 +72,7 @@ def _is_idle(node: fx.Node, source: fx.Node) -> bool:
     if node.target is aten.slice.Tensor:
         return _slices_everything(node, source)
     if node.target in CASTS:
-        return _is_plain_cast(node) and bool(source.meta["val"].dtype == node.meta["val"].dtype)
+        return _is_plain_cast(node) and _same_dtype(source, node)
     if node.target is aten.mul.Tensor:
         factor = node.args[1]
         return (
@@ -81,16 +81,17 @@ def _is_idle(node: fx.Node, source: fx.Node) -> bool:
     return node.target is aten.alias.default
 
 
+def _same_dtype(one: fx.Node, other: fx.Node) -> bool:
+    return bool(one.meta["val"].dtype == other.meta["val"].dtype)
+
+
 def _is_true_of_any_size(node: fx.Node) -> bool:
     if node.target is not aten._assert_scalar.default or not isinstance(node.args[0], fx.Node):
         return False
     condition = node.args[0]
-    return (
-        condition.target is operator.ge
-        and condition.args[1] == 0
-        and isinstance(condition.args[0], fx.Node)
-        and condition.args[0].target in SIZES
-    )
+    if condition.target is not operator.ge or not isinstance(condition.args[0], fx.Node):
+        return False
+    return condition.args[0].target in SIZES and condition.args[1:] == (0,)
 
 
 def _is_plain_cast(node: fx.Node) -> bool:
