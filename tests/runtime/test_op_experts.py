@@ -196,11 +196,12 @@ def test_permuted_tokens_give_permuted_rows(dtype):
 
 
 def test_permuted_experts_give_the_same_rows():
+    """Metamorphic, within the budget: where a matrix lies in memory may decide its last bit."""
     case = expert_case(30)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     renamed = case | {"experts": order.argsort()[case["experts"]]}
     renamed |= {name: case[name][order] for name in ("gate_up", "down")}
-    assert torch.equal(run(renamed), run(case))
+    assert_within_budget(run(renamed), eager=run(case), exact=slot_by_slot(**exact(case), activation="silu"))
 
 
 def test_permuted_slots_give_the_same_rows():

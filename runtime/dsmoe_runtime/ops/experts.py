@@ -142,11 +142,12 @@ def run_experts(
         gate_up, down = gate_up.mT, down.mT
     interleaved = layout.startswith("interleaved")
     slots, parts = dispatch(experts, gate_up.shape[0])
-    rows = x.index_select(0, slots.div(max(1, experts.shape[1]), rounding_mode="floor"))
-    answers = x.new_empty(rows.shape, dtype=accumulation_dtype(x))
+    tokens = slots.div(max(1, experts.shape[1]), rounding_mode="floor")
+    answers = x.new_empty((len(slots), x.shape[1]), dtype=accumulation_dtype(x))
     for expert, start, stop in parts:
+        # Rows of its own: slices of one gather would differ in alignment, and with it in bits, by what precedes them.
         answers[start:stop] = mlp(
-            rows[start:stop],
+            x.index_select(0, tokens[start:stop]),
             gate_up[expert],
             down[expert],
             None if gate_up_bias is None else gate_up_bias[expert],

@@ -6,12 +6,13 @@ rows. M tokens, H hidden size, I width.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsmoe_runtime.ops.activation import activate
 
-# Times are of one [2816, 2048] projection on two Zen 3 cores (AVX2, no bfloat16 instructions), torch 2.13.
-MV_ROWS = 4  # bfloat16, M = 4: 2.5 ms by mv, 2.6 by upcast; M = 8: 5.2 and 3.9; M = 256: 150 (F.linear) and 23
-BLOCK_ELEMENTS = 1 << 20  # float32 copies of 4 MiB at a time stay in cache; whole matrices cost 1.3 times as much
+# Times are of one [2816, 2048] projection of M rows on two Zen 3 cores (AVX2, no bfloat16 instructions), torch 2.13.
+MV_ROWS = 3  # bfloat16 by mv and by upcast: 1.4 and 2.3 ms (M = 2), 2.0 and 3.1 (3), 2.7 and 2.6 (4), 5.2 and 3.9 (8)
+BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32 stay in cache; upcasting the whole matrix takes 1.2 times as long
 
 
 def mlp(
@@ -30,26 +31,37 @@ def mlp(
     if gate_up_bias is not None:
         joint_2IM = joint_2IM + gate_up_bias[:, None]
     gate_IM, up_IM = (joint_2IM[0::2], joint_2IM[1::2]) if interleaved else joint_2IM.chunk(2)
-    answer_HM = project(down, activate(gate_IM, up_IM, activation, alpha, limit).mT)
+    hidden_IM = activate(gate_IM, up_IM, activation, alpha, limit)
+    answer_HM = project(down, hidden_IM.mT.contiguous())
     if down_bias is not None:
         answer_HM = answer_HM + down_bias[:, None]
     return answer_HM.mT
 
 
 def project(weight: Tensor, x: Tensor) -> Tensor:
-    """`weight [N, K] @ x [M, K]^T -> [N, M]`, in weight's dtype, or float32 for half precision and many rows."""
+    """`weight [N, K] @ x [M, K]^T -> [N, M]`, in weight's dtype, or float32 for half precision on a CPU.
+
+    x is contiguous: of another x, products with few rows take twice the time.
+    """
     rows = x.shape[0]
-    half = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
     if rows == 1:
         return torch.mv(weight, x[0].to(weight.dtype))[:, None]
-    if half and 0 < rows <= MV_ROWS:
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
+        return _product(weight, x)
+    if rows <= MV_ROWS:
         return torch.stack([torch.mv(weight, row) for row in x.to(weight.dtype)], dim=1)
-    if half:
-        # Without bfloat16 instructions a GEMM in it is 5 to 7 times slower than one in float32, copies included.
-        product_NM = torch.empty(weight.shape[0], rows, dtype=torch.float32)
-        block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-        for weight_block, product_block in zip(weight.split(block), product_NM.split(block), strict=True):
-            torch.mm(weight_block.float(), x.float().mT, out=product_block)
-        return product_NM
-    # A row-major [N, M] is 1.3 (M = 256) to 2.6 (M = 4) times as fast as F.linear's [M, N] in float32.
-    return weight @ x.mT
+    # Without bfloat16 instructions its GEMM takes 150 ms for M = 256; this takes 23, the copies included.
+    x = x.float()
+    block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    return torch.cat([_product(_float(part), x) for part in weight.split(block)])
+
+
+def _product(weight: Tensor, x: Tensor) -> Tensor:
+    """A row-major [N, M] takes 1.8 ms for M = 2 and 21.5 for M = 256 where F.linear's [M, N] takes 3.2 and 24.7; of a
+    transposed weight the former takes 20 times as long up to M = 8."""
+    return weight @ x.mT if weight.stride(-1) == 1 else F.linear(x, weight).mT
+
+
+def _float(weight: Tensor) -> Tensor:
+    """A float32 copy that keeps the order of strides (of a block of columns `.float()` does not)."""
+    return weight.float() if weight.stride(-1) == 1 else weight.mT.float().mT

@@ -123,7 +123,9 @@ def moe(
     )
     y = run_experts(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout)
     if shared_gate_up is not None and shared_down is not None:
-        answer = mlp(x, shared_gate_up, shared_down, None, None, activation, alpha, limit, interleaved=False)
+        answer = mlp(
+            x.contiguous(), shared_gate_up, shared_down, None, None, activation, alpha, limit, interleaved=False
+        )
         if shared_gate is not None:
             answer = answer * F.linear(x, shared_gate).sigmoid()
         y = y + answer
