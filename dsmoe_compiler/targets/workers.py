@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -60,10 +60,11 @@ class Workers:
         send.close()
         self.running[receive] = (name, process)
 
-    def results(self) -> dict[str, Any]:
-        """Wait for all workers: name -> result. Raises: RuntimeError with the words of the first worker to fail."""
+    def results(self, names: Iterable[str]) -> dict[str, Any]:
+        """Wait for those workers: name -> result. Raises: RuntimeError with the words of the first worker to fail."""
+        wanted = set(names)
         done: dict[str, Any] = {}
-        while self.running:
+        while not wanted <= set(done):
             for connection in wait(list(self.running)):
                 assert isinstance(connection, Connection)
                 name, process = self.running[connection]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor, fx
 
 from dsmoe_compiler import artifact as artifacts
@@ -177,7 +178,7 @@ def phase_of(function: torch.nn.Module, x: Tensor) -> Phase:
 def test_what_cannot_be_compiled_is_said_in_the_compilers_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
     phase = phase_of(torch.nn.Linear(3, 3), torch.ones(2, 3))
     with pytest.raises(TargetError, match=r"AOTInductor, phase prefill failed: .*no-such-compiler"):
         aoti.package([phase], tmp_path, target="cpu", progress=logging.info)

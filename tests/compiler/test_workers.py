@@ -40,7 +40,7 @@ def test_results_and_progress_come_back() -> None:
     with Workers(heard.append) as workers:
         workers.start("a", job)
         workers.start("b", lambda say: os.getpid())
-        results = workers.results()
+        results = workers.results(["a", "b"])
     assert results["a"] == 400**3
     assert results["b"] != os.getpid()
     assert heard == ["a: half way"]
@@ -55,7 +55,7 @@ def test_an_error_comes_back_in_its_own_words_and_ends_the_others() -> None:
         slow = next(iter(workers.running.values()))[1].pid
         workers.start("bad", fails)
         with pytest.raises(RuntimeError, match="bad failed: ValueError: no such register: xmm99"):
-            workers.results()
+            workers.results(["slow", "bad"])
     assert gone(slow)
 
 
@@ -63,7 +63,7 @@ def test_a_killed_worker_is_reported() -> None:
     with Workers(print) as workers:
         workers.start("big", lambda say: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(RuntimeError, match=r"big failed: it was killed \(out of memory\?\)"):
-            workers.results()
+            workers.results(["big"])
 
 
 def test_leaving_ends_what_a_worker_started(tmp_path: Path) -> None:
