@@ -147,6 +147,11 @@ class HuggingFace:
         self.chosen.append(ids.detach().to(torch.int64).reshape(-1, ids.shape[-1]))
 
 
+def stock_dynamo() -> Any:
+    """A context with torch.compile as a user finds it: what dsmoe sets for its own capture neither helps nor hurts."""
+    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False, capture_scalar_outputs=False)
+
+
 def _unpack(output: Any, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
     logits_BSV, routing = output
     if not routing:

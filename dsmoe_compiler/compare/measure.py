@@ -71,7 +71,7 @@ def measure(
         prefilled = tokens if phase == "prefill" else plan.context
         refusals = {c.name: c.refuses(plan.batch * prefilled) for c in candidates}
         running = [c for c in candidates if refusals[c.name] is None]
-        timed = interleave({c.name: _run(c, phase, tokens, plan) for c in running}, repeats=plan.repeats)
+        timed = interleave({c.name: timed_run(c, phase, tokens, plan) for c in running}, repeats=plan.repeats)
         for candidate in candidates:
             work = works[phase, tokens]
             samples = timed.get(candidate.name)
@@ -110,6 +110,7 @@ def _call(candidate: Candidate, phase: str, tokens: int, plan: Plan) -> Callable
     return steps
 
 
-def _run(candidate: Candidate, phase: str, tokens: int, plan: Plan) -> Callable[[], float]:
+def timed_run(candidate: Candidate, phase: str, tokens: int, plan: Plan) -> Callable[[], float]:
+    """What `interleave` takes: prepare, run, and give the seconds of one prefill or of one decode step."""
     blocks = plan.steps if phase == "decode" else 1
     return lambda: stopwatch(_call(candidate, phase, tokens, plan), plan.ids_BS.device) / blocks

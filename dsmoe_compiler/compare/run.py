@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dsmoe_compiler.compare.agree import Impossible, Judge, Trace, batch_effect, run_trace
-from dsmoe_compiler.compare.candidates import TITLES, Absent, Candidate, Compiled, HuggingFace, Reference
+from dsmoe_compiler.compare.candidates import TITLES, Absent, Candidate, Compiled, HuggingFace, Reference, stock_dynamo
 from dsmoe_compiler.compare.conditions import conditions
 from dsmoe_compiler.compare.inputs import fixed_inputs
 from dsmoe_compiler.compare.load import expert_load, routed_layers
@@ -64,7 +64,7 @@ def compare(
     device, longest = model.norm.weight.device, max(tokens)
     capacity = min(loaded.config.max_position_embeddings, longest + decode_steps)
     fresh = compiled(loaded, capacity=capacity, tell=tell) if runner is None else nullcontext((runner, compile_seconds))
-    with torch.no_grad(), fresh as (runner, compile_seconds), _stock_dynamo():
+    with torch.no_grad(), fresh as (runner, compile_seconds), stock_dynamo():
         batch, capacity = runner.batch_size, runner.capacity
         context = min(longest, capacity - decode_steps)
         if longest > capacity or context < 1:
@@ -211,11 +211,6 @@ def _with_measurements(
 
 def _decode_samples(measurements: tuple[Measurement, ...]) -> Samples | None:
     return next((m.samples for m in measurements if m.phase == "decode"), None)
-
-
-def _stock_dynamo() -> Any:
-    """torch.compile as a user finds it: what dsmoe sets for its own capture must not help or hurt the others."""
-    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False, capture_scalar_outputs=False)
 
 
 def _dynamo_counts() -> tuple[int, int]:

@@ -90,20 +90,24 @@ def line_chart(
     y_text: Callable[[float], str],
     x_ticks: list[float] | None = None,
     roof: tuple[tuple[float, float], ...] = (),
-    remarks: tuple[tuple[float, float, str], ...] = (),
+    remarks: tuple[tuple[float, str], ...] = (),
     width: int = 520,
     height: int = 320,
 ) -> Markup:
     """Lines on two logarithmic axes with their names at the right end; `roof` is a heavy line behind them.
 
-    `remarks` are (x, y, text), written above the place they belong to.
+    `remarks` are (x, text), each a guide across the chart with its text above.
     """
-    left, right, top, bottom = 62, 150, 26, 44
+    left, right, top, bottom = 62, 150, 42 if remarks else 26, 44
     known = [point for one in series for point in one.points] + list(roof)
     ends = [(x, end) for one in series for x, low, high in one.whiskers for end in (low, high)]
     x_scale = LogScale.around((x for x, _ in known), left, width - right, room=1.12 if not roof else 1.0)
     y_scale = LogScale.around((y for _, y in known + ends), height - bottom, top)
-    parts = _grid(x_scale, y_scale, x_ticks or x_scale.ticks(), x_text, y_text, x_label, y_label)
+    parts = _grid(x_scale, y_scale, x_ticks or x_scale.ticks(), x_text, y_text, x_label)
+    parts.append(_text(0, 8, y_label, cls="axis-label"))
+    for x, text in remarks:
+        parts.append(tag("path", class_="guide", d=f"M{x_scale(x):.1f} {top:.1f}V{height - bottom:.1f}"))
+        parts.append(_text(x_scale(x), top - 9, text, cls="remark", anchor="middle"))
     if roof:
         parts.append(tag("path", class_="roof", d=_path([(x_scale(x), y_scale(y)) for x, y in roof])))
     labels = []
@@ -125,33 +129,39 @@ def line_chart(
             labels.append((places[-1][1], one))
     for y, one in _apart(labels, gap=15, low=top, high=height - bottom):
         parts.append(_text(width - right + 12, y, one.label, cls="end", name=one.name))
-    for x, y, text in remarks:
-        parts.append(_text(x_scale(x), y_scale(y) - 9, text, cls="remark", anchor="middle"))
     return _svg(width, height, title, parts)
 
 
 def strip_chart(
-    strips: list[Strip], *, title: str, x_label: str, x_text: Callable[[float], str], width: int = 1040
+    strips: list[Strip],
+    *,
+    title: str,
+    x_label: str,
+    mark_label: str,
+    x_text: Callable[[float], str],
+    width: int = 1040,
 ) -> Markup:
     """Dots on a logarithmic axis, one row per candidate, the mark as a bar across the row."""
-    left, right, pitch, bottom = 190, 150, 40, 44
-    height = pitch * len(strips) + bottom + 8
+    left, right, pitch, top, bottom = 190, 150, 40, 20, 44
+    height = top + pitch * len(strips) + bottom + 4
     marks = [strip.mark for strip in strips if strip.mark is not None]
     scale = LogScale.around(
         [value for strip in strips for value in strip.values] + marks, left, width - right, room=1.6
     )
     parts = []
     for tick in scale.ticks():
-        parts.append(tag("path", class_="grid", d=f"M{scale(tick):.1f} 4V{height - bottom}"))
+        parts.append(tag("path", class_="grid", d=f"M{scale(tick):.1f} {top}V{height - bottom}"))
         parts.append(_text(scale(tick), height - bottom + 16, x_text(tick), cls="tick", anchor="middle"))
     for row, strip in enumerate(strips):
-        y = row * pitch + pitch / 2 + 4
+        y = top + row * pitch + pitch / 2
         parts.append(_text(left - 14, y, strip.label, cls="label", anchor="end", name=strip.name))
         for index, value in enumerate(strip.values):
             spread = (index * 0.618 % 1 - 0.5) * 16  # the same jitter every time
             if value > 0 and math.isfinite(value):
                 parts.append(tag("circle", class_=f"fill faint c-{strip.name}", cx=scale(value), cy=y + spread, r=3.2))
         if strip.mark is not None and strip.mark > 0:
+            if row == 0:
+                parts.append(_text(scale(strip.mark), 8, mark_label, cls="remark", anchor="middle"))
             parts.append(tag("path", class_="mark", d=f"M{scale(strip.mark):.1f} {y - 14:.1f}V{y + 14:.1f}"))
         parts.append(_text(width - right + 14, y, strip.note, cls="note"))
     parts.append(_text((left + width - right) / 2, height - 6, x_label, cls="axis-label", anchor="middle"))
@@ -165,7 +175,6 @@ def _grid(
     x_text: Callable[[float], str],
     y_text: Callable[[float], str],
     x_label: str,
-    y_label: str,
 ) -> list[Markup]:
     left, right, bottom, top = x_scale.start, x_scale.end, y_scale.start, y_scale.end
     parts = []
@@ -176,7 +185,6 @@ def _grid(
         parts.append(tag("path", class_="grid", d=f"M{x_scale(tick):.1f} {top:.1f}V{bottom:.1f}"))
         parts.append(_text(x_scale(tick), bottom + 15, x_text(tick), cls="tick", anchor="middle"))
     parts.append(_text((left + right) / 2, bottom + 36, x_label, cls="axis-label", anchor="middle"))
-    parts.append(_text(0, top - 14, y_label, cls="axis-label"))
     return parts
 
 

@@ -25,5 +25,6 @@ def section(comparison: Comparison) -> Markup | None:
         "section",
         tag("h2", "Expert load"),
         tag("p", note, class_="lead"),
-        tag("figure", heatmap(comparison.load), legend()),
+        tag("figure", heatmap(comparison.load), class_="wide"),
+        legend(),
     )

@@ -30,7 +30,11 @@ def section(comparison: Comparison) -> Markup:
     )
     absent = [candidate for candidate in comparison.candidates if candidate.reason]
     chart = strip_chart(
-        strips, title="Relative error against float64", x_label="relative error of a row of logits", x_text=power
+        strips,
+        title="Relative error against float64",
+        x_label="relative error of a row of logits",
+        mark_label="budget",
+        x_text=power,
     )
     head = (
         "candidate",
@@ -48,7 +52,7 @@ def section(comparison: Comparison) -> Markup:
         "section",
         tag("h2", "Numbers"),
         tag("p", note, class_="lead"),
-        tag("figure", chart) if strips else None,
+        tag("figure", chart, class_="wide") if strips else None,
         table(head, [_row(candidate) for candidate in comparison.candidates], text_columns=2, marked=ours),
         tag("ul", *(tag("li", tag("b", c.title), f" - {c.state}: {c.reason}") for c in absent), class_="reasons")
         if absent

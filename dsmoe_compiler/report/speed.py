@@ -63,7 +63,7 @@ def section(comparison: Comparison) -> Markup:
         "section",
         tag("h2", "Speed"),
         tag("p", note, class_="lead"),
-        tag("div", decode, prefills[0], curve, *prefills[1:], class_="grid"),
+        tag("div", decode, prefills[0], curve, tag("div", *prefills[1:], class_="stack"), class_="grid"),
         tag("details", tag("summary", "All timings"), *_tables(comparison)),
     )
 
@@ -159,7 +159,6 @@ def roofline_section(comparison: Comparison) -> Markup:
     low, high = min([*intensities, ridge]) / 1.6, max([*intensities, ridge]) * 2.2
     edges = [(low, low * roof.bytes_per_second), (ridge, roof.flops_per_second), (high, roof.flops_per_second)]
     series = [_under_roof(comparison, candidate) for candidate in comparison.candidates]
-    marks = tuple((x, min(x * roof.bytes_per_second, roof.flops_per_second), text) for x, text in _gathered(comparison))
     chart = line_chart(
         [one for one in series if one.points],
         title="Roofline",
@@ -168,10 +167,10 @@ def roofline_section(comparison: Comparison) -> Markup:
         x_text=lambda value: f"{value:.3g}",
         y_text=lambda value: si(value),
         roof=tuple(edges),
-        remarks=marks,
+        remarks=tuple(_gathered(comparison)),
         height=340,
     )
-    head = ("phase", "bound by", "bytes", "operations", "least time", "experts hit per layer")
+    head = ("phase", "bound by", "bytes", "operations", "least time", "experts hit")
     rows = [
         (
             _short(item),
@@ -222,11 +221,11 @@ def compile_section(comparison: Comparison) -> Markup | None:
         series.append(Series(label=candidate.title, name=candidate.name, points=line))
         if candidate.break_even_tokens:
             tokens = candidate.break_even_tokens
-            remarks.append((float(tokens), begin + tokens * step, f"{count_text(tokens)} tokens"))
+            remarks.append((float(tokens), count_text(tokens)))
     chart = line_chart(
         series,
         title="Time to decode n tokens, compilation included",
-        x_label="tokens decoded",
+        x_label="tokens decoded (dotted: break-even)",
         y_label="seconds, compilation included",
         x_text=count_text,
         y_text=lambda seconds: f"{seconds:g}",
