@@ -104,8 +104,8 @@ def main() -> int:
                 print(f"{dtype:9} {name:9} disagrees")
     out = arguments.out or Path(__file__).parent / "results" / f"decode_{arguments.preset}.json"
     out.parent.mkdir(exist_ok=True)
-    facts = {"benchmark": "decode", "preset": arguments.preset, "context": arguments.context, "steps": arguments.steps}
-    record = {**facts, "environment": conditions(torch.device("cpu")), "results": results}
+    about = {"benchmark": "decode", "preset": arguments.preset, "context": arguments.context, "steps": arguments.steps}
+    record = {**about, "environment": conditions(torch.device("cpu")), "results": results}
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if all(result["agrees"] for result in results) else 3
 

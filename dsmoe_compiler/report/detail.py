@@ -1,4 +1,4 @@
-"""Sections for those who look closer: layers fused and why not, the proof, raw samples, the machine."""
+"""Sections for those who look closer: layers fused and why not, the proof, the machine."""
 
 from __future__ import annotations
 
@@ -55,28 +55,6 @@ def verification_section(comparison: Comparison) -> Markup | None:
         tag("h2", "Verification"),
         tag("p", note if first is None else f"The first layer that diverges is {first}.", class_="lead"),
         table(("", "check", "found"), rows, text_columns=3),
-    )
-
-
-def samples_section(comparison: Comparison) -> Markup:
-    """Every sample in the order it was taken, in milliseconds."""
-    rows = [
-        (
-            candidate.title,
-            "decode" if point.phase == "decode" else f"prefill {point.tokens}",
-            "  ".join(f"{seconds * 1000:.3f}" for seconds in point.samples.seconds),
-        )
-        for candidate in comparison.candidates
-        for point in candidate.measurements
-        if point.samples is not None
-    ]
-    return tag(
-        "section",
-        tag(
-            "details",
-            tag("summary", "Raw samples, in milliseconds"),
-            table(("candidate", "phase", ""), rows, text_columns=3),
-        ),
     )
 
 

@@ -57,7 +57,6 @@ def render(comparison: Comparison) -> str:
             experts.section(comparison),
             detail.layers_section(comparison),
             detail.verification_section(comparison),
-            detail.samples_section(comparison),
             detail.environment_section(comparison),
         ),
     )

@@ -65,6 +65,7 @@ def section(comparison: Comparison) -> Markup:
         tag("p", note, class_="lead"),
         tag("div", decode, prefills[0], curve, tag("div", *prefills[1:], class_="stack"), class_="grid"),
         tag("details", tag("summary", "All timings"), *_tables(comparison)),
+        _samples(comparison),
     )
 
 
@@ -149,6 +150,22 @@ def _tables(comparison: Comparison) -> list[Markup]:
         parts.append(tag("h3", phase_title(comparison, work.phase, work.tokens)))
         parts.append(table(head, rows, marked=_ours(comparison)))
     return parts
+
+
+def _samples(comparison: Comparison) -> Markup:
+    """Every sample in the order it was taken, in milliseconds."""
+    rows = [
+        (
+            candidate.title,
+            "decode" if point.phase == "decode" else f"prefill {point.tokens}",
+            "  ".join(f"{seconds * 1000:.3f}" for seconds in point.samples.seconds),
+        )
+        for candidate in comparison.candidates
+        for point in candidate.measurements
+        if point.samples is not None
+    ]
+    head = ("candidate", "phase", "milliseconds")
+    return tag("details", tag("summary", "Raw samples"), table(head, rows, text_columns=3))
 
 
 def roofline_section(comparison: Comparison) -> Markup:
