@@ -44,6 +44,8 @@ def project(weight: Tensor, x: Tensor) -> Tensor:
     x is contiguous: of another x, products with few rows take twice the time.
     """
     rows = x.shape[0]
+    if rows == 0:
+        return weight.new_empty(weight.shape[0], 0)
     if rows == 1:
         return torch.mv(weight, x[0].to(weight.dtype))[:, None]
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
