@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsmoe_compiler.compare.figures import count_text
 from dsmoe_compiler.compare.result import Comparison
-from dsmoe_compiler.report import detail, experts, numbers, speed
+from dsmoe_compiler.report import cost, detail, experts, numbers, speed
 from dsmoe_compiler.report.markup import Markup, emphasise_ratios, join, tag
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -52,8 +52,8 @@ def render(comparison: Comparison) -> str:
             _header(comparison),
             speed.section(comparison),
             numbers.section(comparison),
-            speed.roofline_section(comparison),
-            speed.compile_section(comparison),
+            cost.roofline_section(comparison),
+            cost.compile_section(comparison),
             experts.section(comparison),
             detail.layers_section(comparison),
             detail.verification_section(comparison),
