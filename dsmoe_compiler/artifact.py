@@ -28,6 +28,7 @@ from dsmoe_compiler.runner import Runner
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
 from dsmoe_compiler.targets.aoti import PhaseReport
+from dsmoe_compiler.targets.package import open_package
 from dsmoe_compiler.targets.weights import WEIGHTS, read_weights
 from dsmoe_compiler.version import __version__
 from dsmoe_model.checkpoint import Tokenizer, load_tokenizer
@@ -203,7 +204,7 @@ def open_runner(
             file = inside(folder, report["file"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{folder} is damaged: phase {phase[:40]!r} lacks {error}") from None
-        programs[phase] = aoti.open_package(file, constants, place)
+        programs[phase] = open_package(file, constants, place)
     if set(programs) != {"prefill", "decode"}:
         raise ArtifactError(f"{folder} is damaged: its phases are {sorted(programs)}, not prefill and decode")
     return Runner(config, manifest=manifest, tokenizer=tokenizer, programs=programs, device=place)

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsmoe_compiler.targets.package import Program
 from dsmoe_model.attention import KVCache
 from dsmoe_model.checkpoint import Tokenizer
 from dsmoe_model.config import ModelConfig
 from dsmoe_runtime.errors import InputError
 from dsmoe_runtime.generation import generate
-
-Program = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Runner:

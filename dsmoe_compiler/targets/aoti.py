@@ -8,34 +8,29 @@ operators stay calls to the registered operators ("proxy executor"), so that a p
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import re
 import shutil
 import tempfile
-import threading
 import time
 import warnings
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 import dsmoe_runtime.ops  # noqa: F401  registers the operators
 from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.targets import processor
+from dsmoe_compiler.targets.package import contents
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
-from dsmoe_compiler.targets.workers import Progress, Workers, can_fork, describe
-from dsmoe_runtime.errors import ArtifactError, TargetError
+from dsmoe_compiler.targets.workers import Progress, WorkerError, Workers, can_fork, describe
+from dsmoe_runtime.errors import TargetError
 
 log = logging.getLogger(__name__)
-Program = Callable[[list[Tensor]], list[Tensor]]
 
 # What Inductor is told. The wrapper is C++ that only calls kernels: for 28 layers g++ takes 30 s at the default, -O1,
 # 18 s at -Og and 15 s at -O0; a call of an 8-layer toy takes 351, 385 and over 490 us. Few horizontal-fusion attempts
@@ -50,8 +45,6 @@ OPTIONS: dict[str, Any] = {
     "max_fusion_buffer_group_pairwise_attempts": 4,
     "compile_threads": 1,
 }
-# All that a package of ours holds, below its first folder.
-PACKAGED = re.compile(r"data/aotinductor/model/\w[\w.-]*|archive_format|archive_version|byteorder|\.data/\w+")
 INDISPENSABLE = ("aot_inductor.package", "aot_inductor.package_constants_in_so")
 
 
@@ -89,23 +82,24 @@ def package(phases: Iterable[Phase], folder: Path, *, target: str, progress: Pro
     outcome: dict[str, Any] = {}
     apart = target == "cpu" and can_fork()
     with Workers(progress) as workers:
-        if apart and not prepared(options).exists():
-            workers.start("headers", lambda say: prepare(folder, options, say))
-        for phase in phases:
-            graphs[phase.name] = phase.graph
-
-            def job(say: Progress, phase: Phase = phase) -> Any:
-                return compile_phase(phase, folder, options, say)
-
-            if apart:
-                workers.start(phase.name, job)
-            else:
-                outcome[phase.name] = job(lambda message, name=phase.name: progress(f"{name}: {message}"))  # type: ignore[misc]
-        names = write_weights(graphs, folder / WEIGHTS, progress=progress)
         try:
+            if apart and not prepared(options).exists():
+                workers.start("headers", lambda say: prepare(folder, options, say))
+            for phase in phases:
+                graphs[phase.name] = phase.graph
+
+                def job(say: Progress, phase: Phase = phase) -> Any:
+                    return compile_phase(phase, folder, options, say)
+
+                if apart:
+                    workers.start(phase.name, job)
+                    workers.hear(timeout=0.0)
+                else:
+                    outcome[phase.name] = job(lambda message, name=phase.name: progress(f"{name}: {message}"))  # type: ignore[misc]
+            names = write_weights(graphs, folder / WEIGHTS, progress=progress)
             outcome |= workers.results(graphs) if apart else {}
-        except RuntimeError as error:
-            raise TargetError(f"AOTInductor, phase {error}") from None
+        except WorkerError as error:
+            raise TargetError(f"AOTInductor, {error}") from None
     reports = {}
     for name, (seconds, *counts) in outcome.items():
         file = folder / f"{name}.pt2"
@@ -189,52 +183,6 @@ def compile_phase(phase: Phase, folder: Path, options: dict[str, Any], say: Prog
     kernels, launches, operators, constants = contents(file)
     say(f"{kernels} kernels, {file.stat().st_size / 2**20:.1f} MB in {seconds:.0f} s")
     return seconds, kernels, launches, operators, constants
-
-
-def contents(file: Path) -> tuple[int, int, dict[str, int], list[str]]:
-    """Of a package: distinct kernels, calls of them, calls of registered operators, names of the weights it wants."""
-    with zipfile.ZipFile(file) as archive:
-
-        def text(suffix: str) -> str:
-            return "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(suffix))
-
-        wrapper, source, nodes = (
-            text(".wrapper.cpp") or text(".cpp"),
-            text(".cpp"),
-            text(".wrapper.json") or text("model.json"),
-        )
-        cubins = {name for name in archive.namelist() if name.endswith(".cubin")}
-    generated = set(re.findall(r'extern "C"\s+(?:\w+\s+)?void\s+(cpp_\w+)\(', source))
-    launches = len(re.findall(r"^\s+(?:cpp_\w+|call_\w+)\(.*;$", wrapper, re.MULTILINE))
-    called = Counter(node["node"]["target"] for node in json.loads(nodes)["nodes"]) if nodes else Counter()
-    constants = re.findall(r'constants_info_\[\d+\]\.original_fqn = "([^"]*)"', wrapper)
-    return len(generated | cubins), launches, dict(called), constants
-
-
-def open_package(file: Path, constants: dict[str, Tensor], device: torch.device) -> Program:
-    """Load a package and lend it its weights: a function from flat inputs to flat outputs.
-
-    Raises: ArtifactError, if it holds anything but an AOTInductor library, or cannot be loaded.
-    """
-    foreign = [n for n in zipfile.ZipFile(file).namelist() if not PACKAGED.fullmatch(n.partition("/")[2])]
-    if foreign:
-        raise ArtifactError(f"{file} holds {foreign[0][:80]!r}, which no package of ours does: refused")
-    try:
-        model = torch._inductor.aoti_load_package(str(file), device_index=-1 if device.index is None else device.index)
-        model.load_constants(constants, check_full_update=True, user_managed=True)
-    except RuntimeError as error:
-        raise ArtifactError(f"{file} cannot be loaded: {str(error).splitlines()[0]}") from None
-
-    # One call at a time: a second thread would wait for the package's own lock with Python's lock in its hands, and the
-    # first, once it calls a registered operator written in Python, for Python's: for ever.
-    turn = threading.Lock()
-
-    def run(inputs: list[Tensor]) -> list[Tensor]:
-        assert constants is not None  # they live as long as this function
-        with turn:
-            return model.loader.boxed_run(list(inputs))  # it empties the list
-
-    return run
 
 
 def requirement(target: str) -> dict[str, Any]:

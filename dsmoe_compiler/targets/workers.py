@@ -32,12 +32,17 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not torch.cuda.is_initialized()
 
 
+class WorkerError(RuntimeError):
+    """A worker failed; the text is its own."""
+
+
 class Workers:
     """Runs jobs side by side: `start` each, then `results`. Leaving the `with` block ends whatever still runs."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.running: dict[Connection, tuple[str, Any]] = {}
+        self.done: dict[str, Any] = {}
 
     def __enter__(self) -> Workers:
         return self
@@ -61,26 +66,34 @@ class Workers:
         self.running[receive] = (name, process)
 
     def results(self, names: Iterable[str]) -> dict[str, Any]:
-        """Wait for those workers: name -> result. Raises: RuntimeError with the words of the first worker to fail."""
-        wanted = set(names)
-        done: dict[str, Any] = {}
-        while not wanted <= set(done):
-            for connection in wait(list(self.running)):
+        """Wait for those workers: name -> result. Raises: WorkerError with the words of the first worker to fail."""
+        wanted = list(names)
+        while not set(wanted) <= set(self.done):
+            self.hear(timeout=None)
+        return {name: self.done[name] for name in wanted}
+
+    def hear(self, *, timeout: float | None) -> None:
+        """Pass on what workers have said, waiting `timeout` seconds for the first word. Raises as `results`."""
+        while ready := wait(list(self.running), timeout):
+            for connection in ready:
                 assert isinstance(connection, Connection)
-                name, process = self.running[connection]
-                try:
-                    kind, value = connection.recv()
-                except EOFError:
-                    kind, value = "died", None
-                if kind == "progress":
-                    self.progress(f"{name}: {value}")
-                    continue
-                process.join(GRACE)
-                if kind != "done":
-                    raise RuntimeError(f"{name} failed: {value if kind == 'error' else how_it_ended(process.exitcode)}")
-                del self.running[connection]
-                done[name] = value
-        return done
+                self._read(connection)
+            timeout = 0.0
+
+    def _read(self, connection: Connection) -> None:
+        name, process = self.running[connection]
+        try:
+            kind, value = connection.recv()
+        except EOFError:
+            kind, value = "died", None
+        if kind == "progress":
+            self.progress(f"{name}: {value}")
+            return
+        process.join(GRACE)
+        if kind != "done":
+            raise WorkerError(f"{name} failed: {value if kind == 'error' else how_it_ended(process.exitcode)}")
+        del self.running[connection]
+        self.done[name] = value
 
 
 def _work(send: Connection, job: Job, parent: int) -> None:

@@ -180,7 +180,7 @@ def test_what_cannot_be_compiled_is_said_in_the_compilers_words(
 ) -> None:
     monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
     phase = phase_of(torch.nn.Linear(3, 3), torch.ones(2, 3))
-    with pytest.raises(TargetError, match=r"AOTInductor, phase prefill failed: .*no-such-compiler"):
+    with pytest.raises(TargetError, match=r"AOTInductor, prefill failed: .*no-such-compiler"):
         aoti.package([phase], tmp_path, target="cpu", progress=logging.info)
     assert not list(tmp_path.glob(".build*"))
 
