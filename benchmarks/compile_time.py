@@ -2,7 +2,7 @@
 
     python -m benchmarks.compile_time --threads 2
 
-A checkpoint with random weights is written first (not counted), in the official layout. Counted are reading it, capture,
+A checkpoint with random weights is written first (not counted), in the official layout. Counted: reading it, capture,
 both phases' code and, apart, the proof. Inductor's cache starts empty, so that g++ precompiles its headers too.
 """
 
