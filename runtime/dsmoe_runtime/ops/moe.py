@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsmoe_runtime.errors import ConfigError, InputError
-from dsmoe_runtime.ops.activation import activate, activate_backward
-from dsmoe_runtime.ops.experts import accumulation_dtype, check_alike, check_experts, experts_backward, run_experts
-from dsmoe_runtime.ops.library import refuse_second_backward, register, register_autograd
+from dsmoe_runtime.ops.experts import accumulation_dtype, check_alike, check_experts, run_experts
+from dsmoe_runtime.ops.library import register, register_autograd
 from dsmoe_runtime.ops.mlp import mlp
-from dsmoe_runtime.ops.route import check_routing, route, route_backward, weights_of
+from dsmoe_runtime.ops.route import check_routing, route
 
 ROUTER_DTYPES = ("float32", "activation")
 
@@ -179,149 +178,17 @@ def _moe_fake(
     return x.new_empty(x.shape), x.new_empty((x.shape[0], top_k), dtype=torch.int64)
 
 
-def moe_backward(
-    grad: Tensor,
-    x: Tensor,
-    experts: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    score: str,
-    renormalize: bool,
-    eps: float,
-    scale: float,
-    router_dtype: str,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-    shared_gate_up: Tensor | None,
-    shared_down: Tensor | None,
-    shared_gate: Tensor | None,
-    weight_grads: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of x, router_weight, router_bias, gate_up, down, their biases, and the three shared weights.
-
-    The chain rule over the parts of `moe` for the `experts` it chose; a weight that is None, or any expert weight if
-    `weight_grads` is false, gets an empty gradient (`[0]`).
-    """
-    acc = accumulation_dtype(x)
-    logits = router_logits(x, router_weight, router_bias, router_dtype)
-    weights = weights_of(logits, experts, score, renormalize, eps, scale)
-    grad_x, grad_weights, *grad_experts = experts_backward(
-        grad,
-        x,
-        experts,
-        weights,
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        activation,
-        alpha,
-        limit,
-        layout,
-        weight_grads,
-    )
-    grad_logits = route_backward(grad_weights, logits, experts, score, renormalize, eps, scale).to(acc)
-    grad_x = grad_x.to(acc) + grad_logits @ router_weight.to(acc)
-    grad_router_weight = (grad_logits.T @ x.to(acc)).to(router_weight.dtype)
-    grad_router_bias = x.new_empty(0) if router_bias is None else grad_logits.sum(0).to(router_bias.dtype)
-    grad_shared = [x.new_empty(0), x.new_empty(0), x.new_empty(0)]
-    if shared_gate_up is not None and shared_down is not None:
-        grad_x_shared, *grad_shared = _shared_backward(
-            grad, x, shared_gate_up, shared_down, shared_gate, activation, alpha, limit
-        )
-        grad_x = grad_x + grad_x_shared
-    return grad_x.to(x.dtype), grad_router_weight, grad_router_bias, *grad_experts, *grad_shared
-
-
-def _shared_backward(
-    grad: Tensor,
-    x: Tensor,
-    shared_gate_up: Tensor,
-    shared_down: Tensor,
-    shared_gate: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (accumulation dtype), shared_gate_up, shared_down and shared_gate (`[0]` if None)."""
-    acc = accumulation_dtype(x)
-    x_TH, grad_TH, gate_up, down = x.to(acc), grad.to(acc), shared_gate_up.to(acc), shared_down.to(acc)
-    gate_TS, up_TS = (x_TH @ gate_up.T).chunk(2, dim=-1)
-    hidden_TS = activate(gate_TS, up_TS, activation, alpha, limit)
-    grad_hidden_TS = grad_TH @ down
-    grad_x = torch.zeros_like(x_TH)
-    grad_gate = x.new_empty(0)
-    if shared_gate is not None:
-        open_T1 = (x_TH @ shared_gate.to(acc).T).sigmoid()
-        grad_open_T1 = (grad_hidden_TS * hidden_TS).sum(-1, keepdim=True) * open_T1 * (1 - open_T1)
-        grad_x = grad_open_T1 * shared_gate.to(acc)
-        grad_gate = (grad_open_T1.T @ x_TH).to(x.dtype)
-        grad_TH, grad_hidden_TS = grad_TH * open_T1, grad_hidden_TS * open_T1
-    joint_T2S = torch.cat(activate_backward(grad_hidden_TS, gate_TS, up_TS, activation, alpha, limit), dim=-1)
-    grad_gate_up, grad_down = (joint_T2S.T @ x_TH).to(x.dtype), (grad_TH.T @ hidden_TS).to(x.dtype)
-    return grad_x + joint_T2S @ gate_up, grad_gate_up, grad_down, grad_gate
-
-
-def _moe_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    experts: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
-    score: str,
-    renormalize: bool,
-    eps: float,
-    scale: float,
-    router_dtype: str,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
-    layout: str,
-    shared_gate_up: Tensor | None,
-    shared_down: Tensor | None,
-    shared_gate: Tensor | None,
-    weight_grads: bool,
-) -> tuple[Tensor, ...]:
-    def empty_for(weight: Tensor | None, wanted: bool = True) -> Tensor:
-        return x.new_empty(0) if weight is None or not wanted else weight.new_empty(weight.shape)
-
-    return (
-        x.new_empty(x.shape),
-        empty_for(router_weight),
-        empty_for(router_bias),
-        *(empty_for(weight, weight_grads) for weight in (gate_up, down, gate_up_bias, down_bias)),
-        *(empty_for(weight) for weight in (shared_gate_up, shared_down, shared_gate)),
-    )
-
-
-_ROUTED = (
+ROUTED = (
     "Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias,"
     " str activation, float alpha, float limit, str layout"
 )
-_SHARED = "Tensor? shared_gate_up, Tensor? shared_down, Tensor? shared_gate"
+SHARED = "Tensor? shared_gate_up, Tensor? shared_down, Tensor? shared_gate"
 register(
     "moe(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, int top_k, str score,"
     " int n_group, int topk_group, str group_score, bool renormalize, float eps, float scale, str router_dtype,"
-    f" {_ROUTED}, {_SHARED}) -> (Tensor y, Tensor experts)",
+    f" {ROUTED}, {SHARED}) -> (Tensor y, Tensor experts)",
     moe,
     _moe_fake,
-)
-register(
-    "moe_backward(Tensor grad, Tensor x, Tensor experts, Tensor router_weight, Tensor? router_bias, str score,"
-    f" bool renormalize, float eps, float scale, str router_dtype, {_ROUTED}, {_SHARED}, bool weight_grads)"
-    f" -> ({', '.join(['Tensor'] * 10)})",
-    moe_backward,
-    _moe_backward_fake,
 )
 
 _INPUTS = 24
@@ -347,4 +214,3 @@ def _backward(ctx: Any, grad: Tensor, grad_experts: Tensor | None) -> tuple[Tens
 
 
 register_autograd("moe", _backward, _save)
-refuse_second_backward("moe_backward")

@@ -1,0 +1,137 @@
+"""dsmoe::experts_backward: gradients of the routed experts, from their inputs alone.
+
+T tokens, H hidden size, E experts, I expert width, K experts per token, N = T K slots, n those of one expert.
+"""
+
+import torch
+from torch import Tensor
+
+from dsmoe_runtime.ops.activation import activate, activate_backward
+from dsmoe_runtime.ops.experts import ARGUMENTS, accumulation_dtype, dispatch
+from dsmoe_runtime.ops.library import refuse_second_backward, register
+
+
+def experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    weight_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, gate_up, down, gate_up_bias and down_bias, given that of y, each in its own dtype.
+
+    Nothing of the forward is kept: the hidden state is computed again, and the gradient of a weight is
+    `<down^T grad, hidden>`, so that the answers are not. All in the accumulation dtype. The last four are empty
+    (`[0]`) if `weight_grads` is false, a bias's also if there is none.
+    """
+    acc = accumulation_dtype(x)
+    transposed = layout.endswith("_transposed")
+    if transposed:
+        gate_up, down = gate_up.mT, down.mT
+    grad_x_NH = x.new_zeros((experts.numel(), x.shape[1]), dtype=acc)
+    grad_weights_N = weights.new_zeros(experts.numel(), dtype=acc)
+    grad_gate_up = torch.zeros_like(gate_up) if weight_grads else x.new_empty(0)
+    grad_down = torch.zeros_like(down) if weight_grads else x.new_empty(0)
+    grad_gate_up_bias = _zeros_for(gate_up_bias, x, weight_grads)
+    grad_down_bias = _zeros_for(down_bias, x, weight_grads)
+
+    sorted_slots, parts = dispatch(experts, gate_up.shape[0])
+    for expert, start, stop in parts:
+        slots = sorted_slots[start:stop]
+        tokens = slots.div(experts.shape[1], rounding_mode="floor")
+        x_nH, grad_nH = x[tokens].to(acc), grad[tokens].to(acc)
+        weight_n1 = weights.reshape(-1)[slots, None].to(acc)
+        gate_up_e, down_e = gate_up[expert].to(acc), down[expert].to(acc)
+        joint_n2I = x_nH @ gate_up_e.T
+        if gate_up_bias is not None:
+            joint_n2I = joint_n2I + gate_up_bias[expert].to(acc)
+        gate_nI, up_nI = _split_gate_up(joint_n2I, layout)
+        hidden_nI = activate(gate_nI, up_nI, activation, alpha, limit)
+
+        grad_hidden_nI = grad_nH @ down_e
+        grad_weights_N[slots] = (grad_hidden_nI * hidden_nI).sum(-1)
+        if down_bias is not None:
+            grad_weights_N[slots] += grad_nH @ down_bias[expert].to(acc)
+        grad_gate_nI, grad_up_nI = activate_backward(
+            grad_hidden_nI * weight_n1, gate_nI, up_nI, activation, alpha, limit
+        )
+        grad_joint_n2I = _join_gate_up(grad_gate_nI, grad_up_nI, layout)
+        grad_x_NH[slots] = grad_joint_n2I @ gate_up_e
+        if weight_grads:
+            grad_answer_nH = grad_nH * weight_n1
+            grad_gate_up[expert] = grad_joint_n2I.T @ x_nH
+            grad_down[expert] = grad_answer_nH.T @ hidden_nI
+            if gate_up_bias is not None:
+                grad_gate_up_bias[expert] = grad_joint_n2I.sum(0)
+            if down_bias is not None:
+                grad_down_bias[expert] = grad_answer_nH.sum(0)
+
+    if weight_grads and transposed:
+        grad_gate_up, grad_down = grad_gate_up.mT.contiguous(), grad_down.mT.contiguous()
+    grad_x = grad_x_NH.view(*experts.shape, x.shape[1]).sum(1)
+    grad_weights = grad_weights_N.view(experts.shape).to(weights.dtype)
+    return grad_x.to(x.dtype), grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
+
+
+def _split_gate_up(hidden: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Gate and up, views of the joint projection `[..., 2I]`."""
+    if layout.startswith("interleaved"):
+        return hidden[..., 0::2], hidden[..., 1::2]
+    width = hidden.shape[-1] // 2
+    return hidden[..., :width], hidden[..., width:]
+
+
+def _zeros_for(bias: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
+    return x.new_zeros(bias.shape) if bias is not None and wanted else x.new_empty(0)
+
+
+def _join_gate_up(gate: Tensor, up: Tensor, layout: str) -> Tensor:
+    """`[..., 2I]`: the inverse of `_split_gate_up`."""
+    if layout.startswith("interleaved"):
+        return torch.stack((gate, up), dim=-1).flatten(-2)
+    return torch.cat((gate, up), dim=-1)
+
+
+def _experts_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+    layout: str,
+    weight_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def empty_for(weight: Tensor | None) -> Tensor:
+        return x.new_empty(weight.shape if weight is not None and weight_grads else 0)
+
+    return (
+        x.new_empty(x.shape),
+        weights.new_empty(weights.shape),
+        empty_for(gate_up),
+        empty_for(down),
+        empty_for(gate_up_bias),
+        empty_for(down_bias),
+    )
+
+
+register(
+    f"experts_backward(Tensor grad, {ARGUMENTS}, bool weight_grads)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    experts_backward,
+    _experts_backward_fake,
+)
+refuse_second_backward("experts_backward")
