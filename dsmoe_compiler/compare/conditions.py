@@ -17,7 +17,7 @@ def conditions(device: torch.device) -> dict[str, str]:
     """Ordered facts, ready to print; what is not installed or not known is left out."""
     facts = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(sys.orig_argv),
         "dsmoe-compiler": _version("dsmoe-compiler"),
         "commit": _commit(),
         "cpu": _cpu_name(),
@@ -35,6 +35,12 @@ def conditions(device: torch.device) -> dict[str, str]:
     else:
         facts["cpu capability"] = torch.backends.cpu.get_cpu_capability()
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def _command(argv: list[str]) -> str:
+    """As it was typed, without the folders of the interpreter and of the script."""
+    script = "-m" not in argv[:4] and len(argv) > 1 and not argv[1].startswith("-")
+    return shlex.join([Path(argv[1]).name, *argv[2:]] if script else ["python", *argv[1:]])
 
 
 def _version(package: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dsmoe_compiler.compare.conditions import _command, conditions
 from dsmoe_compiler.compare.load import distinct_experts, expert_load
 from dsmoe_compiler.compare.memory import peak_memory
 from dsmoe_compiler.compare.roofline import Roof, phase_work
@@ -126,3 +127,15 @@ def test_json_is_strict_and_complete():
     assert values["roof"]["bytes_per_second"] is None
     assert values["candidates"][0]["measurements"][0]["samples"]["seconds"]
     assert values["headline"] == comparison.headline()
+
+
+def test_conditions_name_versions_and_the_command_as_it_was_typed():
+    facts = conditions(torch.device("cpu"))
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == str(torch.get_num_threads())
+    assert all(facts.values())
+    assert (
+        _command(["/usr/bin/python3", "-m", "benchmarks.decode", "--steps", "8"])
+        == "python -m benchmarks.decode --steps 8"
+    )
+    assert _command(["/usr/bin/python3", "/home/me/bin/dsmoe", "compare", "a b"]) == "dsmoe compare 'a b'"
