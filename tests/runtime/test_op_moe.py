@@ -52,7 +52,6 @@ def test_any_number_of_tokens(tokens, shared):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_tokens(dtype):
     """Row 1."""
     layer = layer_of(small_config(), dtype)
