@@ -60,7 +60,7 @@ def compile(
         capture = Capture(
             transformer, batch=config.batch_size, capacity=capacity, debug=config.debug, progress=progress
         )
-        phases = aoti.package(_checked(capture, config), stage.path, target=config.target, progress=progress)
+        phases = aoti.package(_phases(capture, config), stage.path, target=config.target, progress=progress)
         explanation = capture.explanation()
         facts: dict[str, Any] = {
             "options": config.to_dict(),
@@ -177,9 +177,9 @@ def as_meta(model: Model) -> Transformer:
     return build(config, dtype=torch.float32, device="meta", seed=0)
 
 
-def _checked(capture: Capture, config: CompileConfig) -> Iterator[Phase]:
+def _phases(capture: Capture, config: CompileConfig) -> Iterator[Phase]:
     """The phases, unless `strict` forbids them because a block was left alone."""
-    left = [(block.name, raised) for block, raised in capture.raised if raised.reason]
+    left = [(block.name, raised) for block, raised in capture.raise_layers() if raised.reason]
     if left and config.strict:
         name, raised = left[0]
         where = f" at {raised.node}" if raised.node else ""

@@ -30,9 +30,9 @@ MOE_OP, EXPERTS_OP = torch.ops.dsmoe.moe.default, torch.ops.dsmoe.experts.defaul
 class Capture:
     """The phases of a language model, traced and fused one by one; `blocks` tells how the experts' loops are captured.
 
-    Making one traces and raises the blocks. `phases()` yields each phase when it is ready, so that a target may
-    compile the first while the second is traced; after it, `explanation()` tells all. `dump` names a pass (or "all")
-    whose graphs are kept as text; `debug` compares numbers after every pass over a block.
+    `phases()` raises the blocks and yields each phase when it is ready, so that a target may prepare itself during the
+    former and compile one phase while the next is traced; after it, `explanation()` tells all. `dump` names a pass (or
+    "all") whose graphs are kept as text; `debug` compares numbers after every pass over a block.
     """
 
     def __init__(
@@ -46,21 +46,33 @@ class Capture:
         progress: Progress = log.info,
     ) -> None:
         self.model, self.batch, self.capacity = model, batch, capacity
-        self.dump, self.progress = dump, progress
+        self.dump, self.debug, self.progress = dump, debug, progress
         self.graphs: dict[str, fx.GraphModule] = {}
+        self.raised: list[tuple[Block, Raised]] = []
+        self.passes: list[PassReport] = []
+        self.seconds = 0.0
+
+    def raise_layers(self) -> list[tuple[Block, Raised]]:
+        """Every mixture-of-experts block with what became of it; the work is done once."""
+        if self.raised:
+            return self.raised
         start = time.perf_counter()
-        weight = model.embed_tokens.weight
-        x = torch.zeros(batch, 4, model.config.hidden_size, dtype=weight.dtype, device=weight.device)
-        if debug:
+        weight = self.model.embed_tokens.weight
+        x = torch.zeros(self.batch, 4, self.model.config.hidden_size, dtype=weight.dtype, device=weight.device)
+        if self.debug:
             x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        ids = torch.zeros(batch, 4, dtype=torch.int64, device=weight.device)
-        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, MoE) and m.experts is not None]
+        ids = torch.zeros(self.batch, 4, dtype=torch.int64, device=weight.device)
+        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, MoE) and m.experts is not None]
         blocks = [Block(name, module, (x, ids, None)) for name, module in layers]
-        self.raised, self.passes = raise_blocks(blocks, model, dump=dump, debug=debug, progress=progress)
-        self.seconds = time.perf_counter() - start
+        self.raised, self.passes = raise_blocks(
+            blocks, self.model, dump=self.dump, debug=self.debug, progress=self.progress
+        )
+        self.seconds += time.perf_counter() - start
+        return self.raised
 
     def phases(self, names: tuple[str, ...] = ("prefill", "decode")) -> Iterator[Phase]:
         """Each of the phases in `names`, fused and packed."""
+        self.raise_layers()
         for name in names:
             start = time.perf_counter()
             self.progress(f"capture: {name}")

@@ -122,7 +122,7 @@ def test_any_module_is_explained_on_the_inputs_of_a_call() -> None:
 
 def test_debug_mode_compares_numbers_after_each_pass() -> None:
     capture = Capture(model(), batch=1, capacity=16, debug=True)
-    assert all(raised.graph is not None for _, raised in capture.raised)
+    assert all(raised.graph is not None for _, raised in capture.raise_layers())
 
 
 @pytest.mark.parametrize(
