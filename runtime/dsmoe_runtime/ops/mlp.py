@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dsmoe_runtime.ops.activation import activate
 
 # Times are of one [2816, 2048] projection of M rows on two Zen 3 cores (AVX2, no bfloat16 instructions), torch 2.13.
-MV_ROWS = 3  # bfloat16 by mv and by upcast: 1.4 and 2.3 ms (M = 2), 2.0 and 3.1 (3), 2.7 and 2.6 (4), 5.2 and 3.9 (8)
+FEW_ROWS = 4  # bfloat16, native and upcast: 1.4 and 2.3 ms (M = 2), 2.0 and 3.1 (3), 2.7 and 2.6 (4), 5.2 and 3.9 (8)
 BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32 stay in cache; upcasting the whole matrix takes 1.2 times as long
 
 
@@ -50,8 +50,8 @@ def project(weight: Tensor, x: Tensor) -> Tensor:
         return torch.mv(weight, x[0].to(weight.dtype))[:, None]
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
         return _product(weight, x)
-    if rows <= MV_ROWS:
-        return torch.stack([torch.mv(weight, row) for row in x.to(weight.dtype)], dim=1)
+    if rows <= FEW_ROWS:
+        return F.linear(x.to(weight.dtype), weight).mT
     # Without bfloat16 instructions its GEMM takes 150 ms for M = 256; this takes 23, the copies included.
     x = x.float()
     block = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
