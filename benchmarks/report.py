@@ -29,11 +29,29 @@ def tables(folder: Path = RESULTS) -> str:
             parts.append(comparison(record))
         elif record.get("benchmark") == "decode":
             parts.append(decode(record))
+        elif record.get("benchmark") == "compile_time":
+            parts.append(compile_time(record))
         elif "layer" in record and "dtypes" in record:
             parts.append(layer(record))
         else:
             raise ValueError(f"{path} is no result that benchmarks.report knows: its keys are {', '.join(record)}")
     return "\n\n".join(parts)
+
+
+def compile_time(record: dict[str, Any]) -> str:
+    """Seconds from a checkpoint folder to an artifact, from benchmarks.compile_time."""
+    seconds, kernels = record["seconds"], record["kernels"]
+    head = ("read", "capture and passes", "read + compile, both phases", "proof", "kernels generated", "expert kernels")
+    row = (
+        f"{seconds['load']:.1f} s",
+        f"{seconds['capture']:.1f} s",
+        f"{seconds['load_and_compile']:.1f} s",
+        f"{seconds['verify']:.1f} s",
+        " and ".join(str(count) for count in kernels.values()),
+        str(len({name for operators in record["operators"].values() for name in operators})),
+    )
+    title = f"**Compile time**, {record['layers']} layers of deepseek-moe-16b's structure at 1/8 width, cold caches"
+    return f"{title}\n\n{table(head, [row])}\n\n{conditions(record['environment'])}"
 
 
 def decode(record: dict[str, Any]) -> str:
