@@ -115,7 +115,10 @@ def prove(
     model: Transformer, artifact: Artifact, capture: Capture, config: CompileConfig, progress: Callable[[str], None]
 ) -> Verification:
     """Verify an artifact before it is published. Raises: VerificationError; its `.result` has the numbers."""
-    say = lambda step: progress(f"verify: {step}")  # noqa: E731
+
+    def say(step: str) -> None:
+        progress(f"verify: {step}")
+
     result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say)
     if not result.ok:
         error = VerificationError(f"the compiled model is not the same model; nothing was written\n{result}")

@@ -94,13 +94,13 @@ class Environment:
 
 def examine() -> Environment:
     """Look at this machine; compiles one empty C++ file to see whether the compiler works, changes nothing."""
-    packages = tuple(Package(name=n, version=_version(n), needed_for=f, install=i) for n, f, i in OPTIONAL)
+    packages = tuple(Package(name=n, version=package_version(n), needed_for=f, install=i) for n, f, i in OPTIONAL)
     gpus, compiler = _gpus(), _cxx_compiler()
     return Environment(
         dsmoe=__version__,
         python=platform.python_version(),
         system=platform.platform(terse=True),
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         vector_isa=torch.backends.cpu.get_cpu_capability(),
         memory_bytes=_memory_bytes(),
@@ -213,7 +213,8 @@ def _cache(what: str, variable: str, default: Path) -> CacheFolder:
     )
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The installed version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -225,7 +226,8 @@ def _release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as the system names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

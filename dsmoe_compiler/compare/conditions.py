@@ -7,26 +7,27 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from dsmoe_compiler.environment import cpu_name, package_version
+
 
 def conditions(device: torch.device) -> dict[str, str]:
     """Ordered facts, ready to print; what is not installed or not known is left out."""
-    facts = {
+    facts: dict[str, str | None] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": _command(sys.orig_argv),
-        "dsmoe-compiler": _version("dsmoe-compiler"),
+        "dsmoe-compiler": package_version("dsmoe-compiler"),
         "commit": _commit(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": package_version("triton"),
+        "transformers": package_version("transformers"),
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
@@ -41,21 +42,6 @@ def _command(argv: list[str]) -> str:
     """As it was typed, without the folders of the interpreter and of the script."""
     script = "-m" not in argv[:4] and len(argv) > 1 and not argv[1].startswith("-")
     return shlex.join([Path(argv[1]).name, *argv[2:]] if script else ["python", *argv[1:]])
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _commit() -> str:
