@@ -86,10 +86,41 @@ def test_a_file_has_a_caption_and_an_end(path: Path) -> None:
     assert caption, "the first line of a module is one sentence that would do as its caption on a map"
 
 
+def registered_for_cuda() -> set[str]:
+    """The names that files of ops/ give to `register_cuda`."""
+    return {
+        ast.literal_eval(node.args[0])
+        for path in (FOLDERS["dsmoe_runtime"] / "ops").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "register_cuda"
+    }
+
+
+def functions_of(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+
+
 def test_every_kernel_carries_the_name_of_its_operator() -> None:
-    kernels = {path.name for path in KERNELS.glob("*.py")} if KERNELS.is_dir() else set()
-    operators = {path.name for path in (FOLDERS["dsmoe_runtime"] / "ops").glob("*.py")}
-    assert kernels <= operators
+    """What runs dsmoe::NAME on CUDA is kernels/NAME.py's function NAME; other files there are parts of several."""
+    operators = registered_for_cuda()
+    assert {"route", "experts", "moe"} <= operators
+    for name in operators:
+        path = KERNELS / f"{name}.py"
+        assert path.is_file(), f"dsmoe::{name} is registered for CUDA; its kernels belong in {label(path)}"
+        assert name in [function.name for function in functions_of(path)], f"{label(path)} has no function {name}"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=label)
+def test_code_of_the_gpu_lies_apart_from_the_code_that_launches_it(path: Path) -> None:
+    """kernels/device/ holds functions that Triton compiles, and no torch; the rest of kernels/ holds none."""
+    on_device = path.is_relative_to(KERNELS / "device")
+    for function in functions_of(path):
+        jit = any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+        assert jit == on_device, f"line {function.lineno}: {function.name}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        for name in imported(node) if on_device else []:
+            allowed = name.startswith(("triton", "dsmoe_runtime.kernels.device", "__future__"))
+            assert allowed, f"line {node.lineno}: device code imports {name}"
 
 
 def test_the_reader_sees_what_it_should() -> None:

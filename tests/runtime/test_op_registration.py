@@ -7,6 +7,7 @@ import torch
 from torch.autograd import gradcheck
 
 from dsmoe_runtime.errors import CaptureError
+from dsmoe_runtime.ops.experts_training import keep
 from tests.runtime.op_cases import (
     ACTIVATIONS,
     GATES,
@@ -47,9 +48,12 @@ def test_opcheck_route(tokens):
 def test_opcheck_experts(tokens, layout):
     case = laid_out(expert_case(tokens, bias=layout != "concat"), layout)
     torch.library.opcheck(torch.ops.dsmoe.experts.default, (), leaves(case) | attributes("silu", layout))
+    torch.library.opcheck(torch.ops.dsmoe.experts_training.default, (), leaves(case) | attributes("silu", layout))
     backward = {"grad": case["x"]} | case | attributes("silu", layout)
-    for weight_grads in (False, True):
-        torch.library.opcheck(torch.ops.dsmoe.experts_backward.default, (), backward | {"weight_grads": weight_grads})
+    kept = keep(case["x"], case["experts"], case["gate_up"], case["gate_up_bias"], layout)
+    for weight_grads, saved in ((False, ()), (True, ()), (True, kept)):
+        backward |= {"weight_grads": weight_grads} | dict(zip(("joint", "slots", "offsets"), saved, strict=False))
+        torch.library.opcheck(torch.ops.dsmoe.experts_backward.default, (), backward)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
@@ -62,7 +66,9 @@ def test_opcheck_moe(tokens, shared):
     ]
     if shared:
         arguments[1], arguments[-1] = normal(12, seed=1), weight(1, 42, seed=2)
-    torch.library.opcheck(torch.ops.dsmoe.moe.default, (normal(tokens, 42, seed=3).requires_grad_(), *arguments))
+    inputs = (normal(tokens, 42, seed=3).requires_grad_(), *arguments)
+    for operator in (torch.ops.dsmoe.moe.default, torch.ops.dsmoe.moe_training.default):
+        torch.library.opcheck(operator, inputs)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

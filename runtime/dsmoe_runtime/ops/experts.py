@@ -3,14 +3,13 @@
 T tokens, H hidden size, E experts, I expert width, K experts per token, N = T K slots, A = the accumulation dtype.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from dsmoe_runtime.errors import ConfigError, InputError
 from dsmoe_runtime.ops.activation import ACTIVATIONS
-from dsmoe_runtime.ops.library import register, register_autograd
+from dsmoe_runtime.ops.cuda import register_cuda
+from dsmoe_runtime.ops.library import register, register_training
 from dsmoe_runtime.ops.mlp import mlp
 
 LAYOUTS = ("concat", "interleaved", "concat_transposed", "interleaved_transposed")
@@ -63,7 +62,7 @@ def check_alike(x: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def _check(
+def check_call(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
@@ -74,6 +73,7 @@ def _check(
     activation: str,
     layout: str,
 ) -> None:
+    """`check_experts`, and the same for the experts and weights of each token."""
     check_experts(x, gate_up, down, gate_up_bias, down_bias, activation, layout)
     if experts.dim() != 2 or weights.shape != experts.shape or experts.shape[0] != x.shape[0]:
         raise InputError(
@@ -118,7 +118,7 @@ def experts(
     Returns `[T, H]` in x's dtype, never a view of an input. Slots are summed in float32 (float64 for float64), each
     token's in the order of k: the same input gives the same bits on every run.
     """
-    _check(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, layout)
+    check_call(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, layout)
     return run_experts(
         x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout
     ).to(x.dtype)
@@ -184,7 +184,7 @@ def combine(answers: Tensor, slots: Tensor, weights_TK: Tensor) -> Tensor:
         answers_NH = torch.empty_like(answers)
     else:  # a skipped slot answers 0 with weight 0, whatever its weight was
         answers_NH = answers.new_zeros(weights_TK.numel(), answers.shape[1])
-        kept = torch.zeros_like(weights_TK, dtype=torch.bool).view(-1).index_fill_(0, slots, True)
+        kept = torch.zeros(weights_TK.numel(), dtype=torch.bool, device=slots.device).index_fill_(0, slots, True)
         weights_TK = weights_TK.masked_fill(~kept.view_as(weights_TK), 0)
     answers_NH.index_copy_(0, slots, answers)
     return torch.bmm(weights_TK[:, None], answers_NH.view(*weights_TK.shape, answers.shape[1]))[:, 0]
@@ -203,7 +203,7 @@ def _experts_fake(
     limit: float,
     layout: str,
 ) -> Tensor:
-    _check(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, layout)
+    check_call(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, layout)
     return x.new_empty(x.shape)
 
 
@@ -212,19 +212,5 @@ ARGUMENTS = (
     " str activation, float alpha, float limit, str layout"
 )
 register(f"experts({ARGUMENTS}) -> Tensor", experts, _experts_fake)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.attributes = inputs[7:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    grads = torch.ops.dsmoe.experts_backward(grad, *ctx.saved_tensors, *ctx.attributes, any(needed[3:7]))
-    inputs = (0, 2, 3, 4, 5, 6)
-    by_input = {i: g if needed[i] else None for i, g in zip(inputs, grads, strict=True)}
-    return tuple(by_input.get(i) for i in range(11))
-
-
-register_autograd("experts", _backward, _save)
+register_training("experts", "experts_training", outputs=1)
+register_cuda("experts", experts)

@@ -1,4 +1,4 @@
-"""dsmoe::experts_backward: gradients of the routed experts, from their inputs alone.
+"""dsmoe::experts_backward: gradients of the routed experts, from their inputs and what training kept.
 
 T tokens, H hidden size, E experts, I expert width, K experts per token, N = T K slots, n those of one expert.
 """
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_runtime.ops.activation import activate, activate_backward
+from dsmoe_runtime.ops.cuda import register_cuda
 from dsmoe_runtime.ops.experts import ARGUMENTS, accumulation_dtype, dispatch
 from dsmoe_runtime.ops.library import refuse_second_backward, register
 
@@ -25,12 +26,15 @@ def experts_backward(
     limit: float,
     layout: str,
     weight_grads: bool,
+    joint: Tensor | None = None,
+    slots: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate_up, down, gate_up_bias and down_bias, given that of y, each in its own dtype.
 
-    Nothing of the forward is kept: the hidden state is computed again, and the gradient of a weight is
-    `<down^T grad, hidden>`, so that the answers are not. All in the accumulation dtype. The last four are empty
-    (`[0]`) if `weight_grads` is false, a bias's also if there is none.
+    joint, slots, offsets: what `experts_training` kept; None or empty: joint is computed again. So is the hidden state,
+    and the gradient of a weight is `<down^T grad, hidden>`, so that the answers are not. All in the accumulation dtype.
+    The last four are empty (`[0]`) if `weight_grads` is false, a bias's also if there is none.
     """
     acc = accumulation_dtype(x)
     transposed = layout.endswith("_transposed")
@@ -45,26 +49,29 @@ def experts_backward(
 
     sorted_slots, parts = dispatch(experts, gate_up.shape[0])
     for expert, start, stop in parts:
-        slots = sorted_slots[start:stop]
-        tokens = slots.div(experts.shape[1], rounding_mode="floor")
+        slots_n = sorted_slots[start:stop]
+        tokens = slots_n.div(experts.shape[1], rounding_mode="floor")
         x_nH, grad_nH = x[tokens].to(acc), grad[tokens].to(acc)
-        weight_n1 = weights.reshape(-1)[slots, None].to(acc)
+        weight_n1 = weights.reshape(-1)[slots_n, None].to(acc)
         gate_up_e, down_e = gate_up[expert].to(acc), down[expert].to(acc)
-        joint_n2I = x_nH @ gate_up_e.T
-        if gate_up_bias is not None:
-            joint_n2I = joint_n2I + gate_up_bias[expert].to(acc)
+        if joint is not None and len(joint):
+            joint_n2I = joint[start:stop].to(acc)
+        else:
+            joint_n2I = x_nH @ gate_up_e.T
+            if gate_up_bias is not None:
+                joint_n2I = joint_n2I + gate_up_bias[expert].to(acc)
         gate_nI, up_nI = _split_gate_up(joint_n2I, layout)
         hidden_nI = activate(gate_nI, up_nI, activation, alpha, limit)
 
         grad_hidden_nI = grad_nH @ down_e
-        grad_weights_N[slots] = (grad_hidden_nI * hidden_nI).sum(-1)
+        grad_weights_N[slots_n] = (grad_hidden_nI * hidden_nI).sum(-1)
         if down_bias is not None:
-            grad_weights_N[slots] += grad_nH @ down_bias[expert].to(acc)
+            grad_weights_N[slots_n] += grad_nH @ down_bias[expert].to(acc)
         grad_gate_nI, grad_up_nI = activate_backward(
             grad_hidden_nI * weight_n1, gate_nI, up_nI, activation, alpha, limit
         )
         grad_joint_n2I = _join_gate_up(grad_gate_nI, grad_up_nI, layout)
-        grad_x_NH[slots] = grad_joint_n2I @ gate_up_e
+        grad_x_NH[slots_n] = grad_joint_n2I @ gate_up_e
         if weight_grads:
             grad_answer_nH = grad_nH * weight_n1
             grad_gate_up[expert] = grad_joint_n2I.T @ x_nH
@@ -114,6 +121,9 @@ def _experts_backward_fake(
     limit: float,
     layout: str,
     weight_grads: bool,
+    joint: Tensor | None = None,
+    slots: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def empty_for(weight: Tensor | None) -> Tensor:
         return x.new_empty(weight.shape if weight is not None and weight_grads else 0)
@@ -128,10 +138,12 @@ def _experts_backward_fake(
     )
 
 
+KEPT = "Tensor? joint=None, Tensor? slots=None, Tensor? offsets=None"
 register(
-    f"experts_backward(Tensor grad, {ARGUMENTS}, bool weight_grads)"
+    f"experts_backward(Tensor grad, {ARGUMENTS}, bool weight_grads, {KEPT})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     experts_backward,
     _experts_backward_fake,
 )
 refuse_second_backward("experts_backward")
+register_cuda("experts_backward", experts_backward)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library
 
 from dsmoe_runtime.errors import CaptureError
@@ -26,6 +27,24 @@ def register(schema: str, rule: Callable[..., Any], fake: Callable[..., Any]) ->
 def register_autograd(name: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
     """Give the operator `dsmoe::name` its gradient."""
     torch.library.register_autograd(f"dsmoe::{name}", backward, setup_context=save, lib=LIBRARY)
+
+
+def register_training(name: str, training: str, outputs: int) -> None:
+    """Where an input asks for a gradient, run `dsmoe::training` for `dsmoe::name`; return its first `outputs` results.
+
+    It takes the same arguments, also returns what its backward would otherwise compute again, and has the gradient.
+    Graphs made for inference, and those that matchers see, keep `dsmoe::name`.
+    """
+    operator = getattr(torch.ops.dsmoe, name).default
+
+    def autograd(keyset: Any, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
+            results = getattr(torch.ops.dsmoe, training)(*inputs)
+            return results[0] if outputs == 1 else tuple(results[:outputs])
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def refuse_second_backward(name: str) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsmoe_runtime.errors import ConfigError, InputError
+from dsmoe_runtime.ops.cuda import register_cuda
 from dsmoe_runtime.ops.experts import accumulation_dtype, check_alike, check_experts, run_experts
-from dsmoe_runtime.ops.library import register, register_autograd
+from dsmoe_runtime.ops.library import register, register_training
 from dsmoe_runtime.ops.mlp import mlp
 from dsmoe_runtime.ops.route import check_routing, route
 
@@ -137,7 +138,7 @@ def router_logits(x: Tensor, router_weight: Tensor, router_bias: Tensor | None, 
     return F.linear(x.to(dtype), router_weight.to(dtype), None if router_bias is None else router_bias.to(dtype))
 
 
-def _moe_fake(
+def moe_fake(
     x: Tensor,
     router_weight: Tensor,
     router_bias: Tensor | None,
@@ -163,6 +164,7 @@ def _moe_fake(
     shared_down: Tensor | None,
     shared_gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """`moe` without its numbers: what it refuses, and the shapes and dtypes of its results."""
     _check(
         x,
         router_weight,
@@ -183,34 +185,22 @@ ROUTED = (
     " str activation, float alpha, float limit, str layout"
 )
 SHARED = "Tensor? shared_gate_up, Tensor? shared_down, Tensor? shared_gate"
-register(
-    "moe(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, int top_k, str score,"
+ARGUMENTS = (
+    "Tensor x, Tensor router_weight, Tensor? router_bias, Tensor? selection_bias, int top_k, str score,"
     " int n_group, int topk_group, str group_score, bool renormalize, float eps, float scale, str router_dtype,"
-    f" {ROUTED}, {SHARED}) -> (Tensor y, Tensor experts)",
-    moe,
-    _moe_fake,
+    f" {ROUTED}, {SHARED}"
 )
+register(f"moe({ARGUMENTS}) -> (Tensor y, Tensor experts)", moe, moe_fake)
 
-_INPUTS = 24
-_TENSORS = (0, 1, 2, 13, 14, 15, 16, 21, 22, 23)  # the inputs with a gradient, as moe_backward returns them
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1], *(inputs[i] for i in _TENSORS))
-    _, _, _, _, _, ctx.score, _, _, _, *ctx.gate = inputs[:13]
-    ctx.attributes = inputs[17:21]
+register_training("moe", "moe_training", outputs=2)
 
 
-def _backward(ctx: Any, grad: Tensor, grad_experts: Tensor | None) -> tuple[Tensor | None, ...]:
-    experts, x, router_weight, router_bias, *weights = ctx.saved_tensors
-    routed, shared = weights[:4], weights[4:]
-    needed = ctx.needs_input_grad
-    grads = torch.ops.dsmoe.moe_backward(
-        *(grad, x, experts, router_weight, router_bias, ctx.score, *ctx.gate, *routed, *ctx.attributes, *shared),
-        any(needed[13:17]),
-    )
-    by_input = {i: g if needed[i] else None for i, g in zip(_TENSORS, grads, strict=True)}
-    return tuple(by_input.get(i) for i in range(_INPUTS))
+def _refusal(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selection_bias: Tensor | None, top_k: int, *_: Any
+) -> str | None:
+    from dsmoe_runtime.kernels.route import refusal
+
+    return refusal(weight.shape[0], top_k, x, weight, bias, selection_bias)
 
 
-register_autograd("moe", _backward, _save)
+register_cuda("moe", moe, _refusal)

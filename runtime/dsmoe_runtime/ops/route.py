@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsmoe_runtime.errors import ConfigError, InputError
+from dsmoe_runtime.ops.cuda import register_cuda
 from dsmoe_runtime.ops.library import refuse_second_backward, register, register_autograd
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_after_topk")
@@ -196,3 +197,12 @@ def _backward(ctx: Any, grad_weights: Tensor, grad_experts: Tensor | None) -> tu
 
 register_autograd("route", _backward, _save)
 refuse_second_backward("route_backward")
+
+
+def _refusal(logits: Tensor, bias: Tensor | None, top_k: int, *_: Any) -> str | None:
+    from dsmoe_runtime.kernels.route import refusal
+
+    return refusal(logits.shape[1], top_k, logits, bias)
+
+
+register_cuda("route", route, _refusal)

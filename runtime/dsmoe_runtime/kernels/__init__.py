@@ -1,0 +1,1 @@
+"""Triton kernels of the operators. Nothing outside this package imports it with a module: Triton is optional."""
