@@ -28,7 +28,8 @@ from dsmoe_compiler.runner import Runner
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
 from dsmoe_compiler.targets.aoti import PhaseReport
-from dsmoe_compiler.targets.package import open_package
+from dsmoe_compiler.targets.package import Program, open_package
+from dsmoe_compiler.targets.replay import Replayed
 from dsmoe_compiler.targets.weights import WEIGHTS, read_weights
 from dsmoe_compiler.version import __version__
 from dsmoe_model.checkpoint import Tokenizer, load_tokenizer
@@ -66,9 +67,11 @@ class Artifact:
         self.tokenizer = tokenizer
         self.manifest = manifest
 
-    def runner(self, device: torch.device | str | None = None) -> Runner:
-        """Run it from where it lies now, published or not."""
-        return open_runner(self.folder, self.manifest, self.config, self.tokenizer, device=device)
+    def runner(self, device: torch.device | str | None = None, *, cuda_graph: bool = True) -> Runner:
+        """Run it from where it lies now, published or not; the arguments are those of `load`."""
+        return open_runner(
+            self.folder, self.manifest, self.config, self.tokenizer, device=device, cuda_graph=cuda_graph
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Publish to `folder`, all at once; an artifact that is there is replaced. A second `save` makes a copy.
@@ -127,8 +130,17 @@ def assemble(
     return Artifact(stage, config=config, tokenizer=tokenizer, manifest=manifest)
 
 
-def load(folder: str | Path, *, device: torch.device | str | None = None, check_weights: bool = True) -> Runner:
-    """A runner for a published artifact. `check_weights` False skips the hashes of `weights/`, the bulk of a large one.
+def load(
+    folder: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    check_weights: bool = True,
+    cuda_graph: bool = True,
+) -> Runner:
+    """A runner for a published artifact.
+
+    `check_weights` False skips the hashes of `weights/`, the bulk of a large one. `cuda_graph` False launches each
+    kernel of a decode step by itself, as a profiler wants it; on the CPU it means nothing.
 
     Raises: ArtifactError for a folder that is none, is damaged or altered, is newer than this tool, or was compiled for
     another torch or processor.
@@ -143,7 +155,7 @@ def load(folder: str | Path, *, device: torch.device | str | None = None, check_
         tokenizer = load_tokenizer(folder) if "tokenizer.json" in manifest["files"] else None
     except (CheckpointError, ConfigError) as error:
         raise ArtifactError(f"{folder} is damaged: {error}") from None
-    return open_runner(folder, manifest, config, tokenizer, device=device)
+    return open_runner(folder, manifest, config, tokenizer, device=device, cuda_graph=cuda_graph)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -181,6 +193,7 @@ def open_runner(
     tokenizer: Tokenizer | None,
     *,
     device: torch.device | str | None,
+    cuda_graph: bool,
 ) -> Runner:
     """Load weights and packages. Raises: ArtifactError, if they do not fit each other or this machine."""
     target = manifest["target"]
@@ -197,7 +210,7 @@ def open_runner(
     if why:
         raise ArtifactError(f"{folder} cannot run here: {why}. Compile it again on this machine")
     weights = read_weights([inside(folder, name) for name in listed(folder) if name.startswith(f"{WEIGHTS}/")], place)
-    programs = {}
+    programs: dict[str, Program] = {}
     for phase, report in manifest["phases"].items():
         try:
             constants = {own: weights[stored] for own, stored in report["constants"].items()}
@@ -207,6 +220,8 @@ def open_runner(
         programs[phase] = open_package(file, constants, place)
     if set(programs) != {"prefill", "decode"}:
         raise ArtifactError(f"{folder} is damaged: its phases are {sorted(programs)}, not prefill and decode")
+    if target == "cuda" and cuda_graph:
+        programs["decode"] = Replayed(programs["decode"], moving=2, device=place)
     return Runner(config, manifest=manifest, tokenizer=tokenizer, programs=programs, device=place)
 
 

@@ -26,9 +26,11 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
 import dsmoe_runtime.ops  # noqa: F401  registers the operators
+from dsmoe_compiler.targets.lower import operator_name, values
 from dsmoe_passes import pipeline
 from dsmoe_passes.result import Refused
 from dsmoe_runtime.errors import ConfigError, NotFusedError
+from dsmoe_runtime.ops import cuda
 
 log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
@@ -59,7 +61,22 @@ def dsmoe(
     graph = functional(gm, example_inputs)
     steps = pipeline.run(graph, dump=own.dump)
     report(steps, own)
-    return cast(Compiled, compile_fx(graph, list(example_inputs), config_patches=patches))
+    return cast(Compiled, compile_fx(graph, list(example_inputs), config_patches=capturable(graph, patches)))
+
+
+def capturable(graph: fx.GraphModule, patches: dict[str, Any]) -> dict[str, Any]:
+    """`patches` without CUDA graphs where an operator runs as plain torch on the GPU, which waits for the device."""
+    if not patches.get("triton.cudagraphs"):
+        return patches
+    for node in graph.graph.nodes:
+        name = operator_name(node)
+        if name is None or not any(isinstance(v, torch.Tensor) and v.is_cuda for v in values(node)):
+            continue
+        reason = cuda.why_not(name, values(node))
+        if reason:
+            log.warning("no CUDA graphs: dsmoe::%s runs as plain torch on the GPU: %s", name, reason)
+            return patches | {"triton.cudagraphs": False}
+    return patches
 
 
 def read_options(options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:

@@ -16,10 +16,12 @@ import dsmoe_runtime.ops  # noqa: F401  registers the operators
 from dsmoe_compiler.blocks import Block, Raised, find_blocks, kind, raise_block, swapped, why_not
 from dsmoe_compiler.explanation import Explanation, LayerReport, PassReport
 from dsmoe_compiler.phases import PHASES, Phase, example_inputs
+from dsmoe_compiler.targets.lower import operator_name, values
 from dsmoe_model.moe import MoE
 from dsmoe_model.transformer import Transformer
 from dsmoe_passes import pipeline
 from dsmoe_passes.result import layer_of
+from dsmoe_runtime.ops import cuda
 
 log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -175,10 +177,16 @@ def report_layer(block: Block, outcome: Raised, node: fx.Node | None) -> LayerRe
 
 
 def kernel_of(node: fx.Node) -> str:
-    """What runs the operator on the device that the graph is for."""
+    """What runs the operator on the device that the graph is for, and on a GPU why it is not the kernels."""
     value = node.meta["val"]
-    device = (value[0] if isinstance(value, tuple | list) else value).device.type
-    return "torch rule" if device == "meta" else f"torch rule on {device}"
+    device = (value[0] if isinstance(value, tuple | list) else value).device
+    if device.type != "cuda":
+        return "torch rule" if device.type == "meta" else f"torch rule on {device.type}"
+    reason = cuda.why_not(operator_name(node) or "", values(node))
+    if reason:
+        return f"torch rule on cuda: {reason}"
+    where = cuda.architecture(device)
+    return f"Triton kernels ({where})" if where else "Triton kernels"
 
 
 def report_steps(graph: str, steps: list[pipeline.Step] | tuple[pipeline.Step, ...]) -> list[PassReport]:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from dsmoe_model.attention import KVCache
 from dsmoe_model.transformer import ModelOutput, Transformer
 
-TRACED_PROMPT = 8  # any length of at least 2 would do: the dimension is symbolic
+TRACED_PROMPT = 8  # any length of at least 2 would do on the CPU: the dimension is symbolic
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def example_inputs(model: Transformer, name: str, *, batch: int, capacity: int) 
     """Inputs to trace the phase `name` with, and which of their dimensions are free."""
     parameter = next(model.parameters())
     cache = KVCache.zeros(model.config, batch, capacity, parameter.dtype, parameter.device)
-    length = min(TRACED_PROMPT, capacity) if name == "prefill" else 1
+    length = traced_prompt(capacity, parameter.device) if name == "prefill" else 1
     ids = torch.zeros(batch, length, dtype=torch.int64, device=parameter.device)
     fixed = [None] * len(cache.key)
     if name == "prefill":
@@ -70,6 +70,11 @@ def example_inputs(model: Transformer, name: str, *, batch: int, capacity: int) 
         return (ids, cache.key, cache.value), (free, fixed, fixed)
     position = torch.zeros(1, dtype=torch.int64, device=parameter.device)
     return (ids, position, cache.key, cache.value), (None, None, fixed, fixed)
+
+
+def traced_prompt(capacity: int, device: torch.device) -> int:
+    """The prompt's length while tracing. Kernels of a GPU are cut for it: half of what fits is no extreme."""
+    return min(max(TRACED_PROMPT, capacity // 2 if device.type == "cuda" else 0), capacity)
 
 
 PHASES: dict[str, type[Prefill | Decode]] = {"prefill": Prefill, "decode": Decode}

@@ -73,11 +73,15 @@ class Runner:
         Raises: InputError as `prefill`, and for a position outside the cache.
         """
         self._check_ids(ids_B1)
+        return self._decode(ids_B1, position, cache)
+
+    def _decode(self, ids_B1: Tensor, position: int, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """`decode` of ids that are known to be tokens: on a GPU a look at them would wait for it, once a token."""
         if ids_B1.shape[1] != 1:
             raise InputError(f"decode takes one token a row, ids [{self.batch_size}, 1]; got {list(ids_B1.shape)}")
         if not 0 <= position < self.capacity:
             raise InputError(f"position is {position}; the cache has slots 0 to {self.capacity - 1}")
-        place = torch.tensor([position], device=self.device)
+        place = torch.full((1,), position, device=self.device)
         return self._run("decode", [ids_B1.contiguous(), place], cache)
 
     def generate(
@@ -97,7 +101,7 @@ class Runner:
         cache = self.new_cache()
         return generate(
             lambda ids: self.prefill(ids, cache)[0],
-            lambda ids, position: self.decode(ids, position, cache)[0],
+            lambda ids, position: self._decode(ids, position, cache)[0],
             ids_BS,
             vocab_size=self.config.vocab_size,
             capacity=self.capacity,
@@ -153,7 +157,7 @@ class Runner:
                 f"ids have {ids_BS.shape[0]} rows, the artifact was compiled for batch_size = {self.batch_size}"
             )
         if ids_BS.numel():
-            low, high = (int(bound) for bound in ids_BS.aminmax())
+            low, high = torch.stack(ids_BS.aminmax()).tolist()  # on a GPU one wait, not two
             if low < 0 or high >= self.config.vocab_size:
                 raise InputError(f"ids span [{low}, {high}], vocab_size = {self.config.vocab_size}")
 

@@ -1,8 +1,9 @@
 """AOTInductor: each phase becomes a native library in a `.pt2`, and all phases share one set of weights beside it.
 
-The weights are not in the packages: they are written once, and lent to each loaded package by reference. `dsmoe::`
-operators stay calls to the registered operators ("proxy executor"), so that a package runs where
-`dsmoe_runtime.ops` is imported and uses the kernel that is registered there.
+The weights are not in the packages: they are written once, and lent to each loaded package by reference. On the CPU
+`dsmoe::` operators stay calls to the registered operators ("proxy executor"), so that a package runs where
+`dsmoe_runtime.ops` is imported and uses the kernel that is registered there. On CUDA they become their Triton kernels
+(`lower`), whose binaries are in the package; it then runs without Python.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from torch import fx
 import dsmoe_runtime.ops  # noqa: F401  registers the operators
 from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.targets import processor
+from dsmoe_compiler.targets.elf import plain_stack
+from dsmoe_compiler.targets.lower import Kept, analysed, check_lowered, lower
 from dsmoe_compiler.targets.package import contents
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
-from dsmoe_compiler.targets.workers import Progress, WorkerError, Workers, can_fork, describe
+from dsmoe_compiler.targets.workers import Job, Progress, WorkerError, Workers, can_fork, describe
 from dsmoe_runtime.errors import TargetError
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,10 @@ OPTIONS: dict[str, Any] = {
     "aot_inductor.enable_line_tables": False,
     "aot_inductor.enable_frame_pointer": False,
     "max_fusion_buffer_group_pairwise_attempts": 4,
-    "compile_threads": 1,
 }
+# On the CPU each phase has a worker of its own. On CUDA Inductor's workers compile kernels side by side; the C++ has no
+# loops worth vector instructions, which Inductor would find out about by compiling a test for each kind.
+OF_TARGET: dict[str, dict[str, Any]] = {"cpu": {"compile_threads": 1}, "cuda": {"cpp.vec_isa_ok": False}}
 INDISPENSABLE = ("aot_inductor.package", "aot_inductor.package_constants_in_so")
 
 
@@ -76,8 +81,8 @@ def package(phases: Iterable[Phase], folder: Path, *, target: str, progress: Pro
 
     Raises: TargetError, with the compiler's words, when a phase cannot be compiled.
     """
-    level = processor.architecture() if target == "cpu" else None
-    options = accepted(OPTIONS | ({"cpp.march": level} if level else {}))
+    level = processor.architecture()
+    options = accepted(OPTIONS | OF_TARGET[target] | ({"cpp.march": level} if level else {}))
     graphs: dict[str, fx.GraphModule] = {}
     outcome: dict[str, Any] = {}
     apart = target == "cpu" and can_fork()
@@ -89,17 +94,17 @@ def package(phases: Iterable[Phase], folder: Path, *, target: str, progress: Pro
                 graphs[phase.name] = phase.graph
 
                 def job(say: Progress, phase: Phase = phase) -> Any:
-                    return compile_phase(phase, folder, options, say)
+                    return compile_phase(phase, folder, options, say, on_cuda=target == "cuda")
 
                 if apart:
                     workers.start(phase.name, job)
                     workers.hear(timeout=0.0)
                 else:
-                    outcome[phase.name] = job(lambda message, name=phase.name: progress(f"{name}: {message}"))  # type: ignore[misc]
+                    outcome[phase.name] = here(phase.name, job, progress)
             names = write_weights(graphs, folder / WEIGHTS, progress=progress)
             outcome |= workers.results(graphs) if apart else {}
         except WorkerError as error:
-            raise TargetError(f"AOTInductor, {error}") from None
+            raise TargetError(f"AOTInductor, {error}") from error.__cause__
     reports = {}
     for name, (seconds, *counts) in outcome.items():
         file = folder / f"{name}.pt2"
@@ -110,6 +115,16 @@ def package(phases: Iterable[Phase], folder: Path, *, target: str, progress: Pro
         stored = {fqn: names[name][fqn] for fqn in constants}
         reports[name] = PhaseReport(file.name, seconds, file.stat().st_size, kernels, launches, operators, stored)
     return reports
+
+
+def here(name: str, job: Job, progress: Progress) -> Any:
+    """Run a worker's job in this process. Raises: WorkerError, as a worker would."""
+    try:
+        return job(lambda message: progress(f"{name}: {message}"))
+    except TargetError:
+        raise
+    except Exception as error:
+        raise WorkerError(f"{name} failed: {describe(error)}") from error
 
 
 def accepted(options: dict[str, Any]) -> dict[str, Any]:
@@ -162,34 +177,50 @@ def library(phase: Phase, build: Path, options: dict[str, Any]) -> list[str]:
     """Compile a graph into `build`: the files that make a package."""
     from torch._inductor import aot_compile
 
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), analysed(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # torch 2.13 on its own pytree
         options = options | {"aot_inductor.output_path": str(build.resolve())}
         return aot_compile(phase.graph, phase.inputs, options=options)  # type: ignore[return-value]
 
 
-def compile_phase(phase: Phase, folder: Path, options: dict[str, Any], say: Progress) -> tuple[Any, ...]:
+def compile_phase(
+    phase: Phase, folder: Path, options: dict[str, Any], say: Progress, *, on_cuda: bool = False
+) -> tuple[Any, ...]:
     """Write one package and return what `PhaseReport` says about it."""
     from torch._inductor.package import package_aoti
 
     start = time.perf_counter()
+    kept: list[Kept] = []
+    if on_cuda:
+        graph, kept = lower(phase.graph)
+        phase = replace(phase, graph=graph)
+    for operator, reason in sorted({(call.operator, call.reason) for call in kept}):
+        log.warning("%s: %s stays a call, and the package needs Python for it: %s", phase.name, operator, reason)
     build, file = folder / f".build-{phase.name}", folder / f"{phase.name}.pt2"
     say(f"lowering {len(phase.graph.graph.nodes)} nodes, then g++")
     try:
-        package_aoti(str(file), library(phase, build, options))  # type: ignore[arg-type]
+        files = library(phase, build, options)
+        for path in files:
+            if isinstance(path, str) and path.endswith(".so"):
+                plain_stack(Path(path))
+        package_aoti(str(file), files)  # type: ignore[arg-type]
     finally:
         shutil.rmtree(build, ignore_errors=True)
     seconds = time.perf_counter() - start
     kernels, launches, operators, constants = contents(file)
+    if on_cuda:
+        check_lowered(file.name, operators, kept)
     say(f"{kernels} kernels, {file.stat().st_size / 2**20:.1f} MB in {seconds:.0f} s")
     return seconds, kernels, launches, operators, constants
 
 
 def requirement(target: str) -> dict[str, Any]:
     """What a machine must be to run what is compiled here now, as the manifest has it."""
+    host = processor.requirement(processor.architecture() if pinned() else None)
     if target == "cuda":
-        return {"name": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
-    return processor.requirement(processor.architecture() if pinned() else None)
+        gpu = {"name": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+        return gpu | {"host": host}
+    return host
 
 
 def unfit(target: str, required: dict[str, Any], device: torch.device) -> str | None:
@@ -197,7 +228,9 @@ def unfit(target: str, required: dict[str, Any], device: torch.device) -> str | 
     if target == "cuda":
         here = list(torch.cuda.get_device_capability(device))
         there = required.get("capability")
-        return None if here == there else f"it is compiled for CUDA capability {there}, this GPU has {here}"
+        if here != there:
+            return f"it is compiled for CUDA capability {there}, this GPU has {here}"
+        required = required["host"]
     return processor.missing(required)
 
 

@@ -49,9 +49,12 @@ def open_package(file: Path, constants: dict[str, Tensor], device: torch.device)
     foreign = [n for n in zipfile.ZipFile(file).namelist() if not PACKAGED.fullmatch(n.partition("/")[2])]
     if foreign:
         raise ArtifactError(f"{file} holds {foreign[0][:80]!r}, which no package of ours does: refused")
+    index = -1 if device.index is None else device.index
     try:
-        model = torch._inductor.aoti_load_package(str(file), device_index=-1 if device.index is None else device.index)
-        model.load_constants(constants, check_full_update=True, user_managed=True)
+        # Not by `torch._inductor.aoti_load_package`, which compiles C++ to compare vector instructions: up to a minute.
+        # Single-threaded on CUDA: no event is waited for, so that a CUDA graph can be made of a call.
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(file), "model", device.type == "cuda", 1, index)
+        loader.load_constants(constants, False, True, True)  # not the inactive ones, all of them, lent
     except RuntimeError as error:
         raise ArtifactError(f"{file} cannot be loaded: {str(error).splitlines()[0]}") from None
 
@@ -62,6 +65,6 @@ def open_package(file: Path, constants: dict[str, Tensor], device: torch.device)
     def run(inputs: list[Tensor]) -> list[Tensor]:
         assert constants is not None  # they live as long as this function
         with turn:
-            return model.loader.boxed_run(list(inputs))  # it empties the list
+            return loader.boxed_run(list(inputs))  # type: ignore[no-any-return]  # it empties the list
 
     return run

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.runner import Runner
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
+from dsmoe_compiler.targets.elf import EXECUTABLE, stack_flags
 from dsmoe_model.attention import KVCache
 from dsmoe_model.checkpoint import byte_tokenizer
 from dsmoe_model.checkpoint.shards import read_header
@@ -108,6 +110,17 @@ def test_prefill_and_decode_are_as_close_to_float64_as_eager(pair: tuple[Transfo
     for ours, theirs, truth in zip(cache.key, eager_cache.key, exact_cache.key, strict=True):
         assert_within_budget(ours[:, :, written], eager=theirs[:, :, written], exact=truth[:, :, written])
         assert not ours[:, :, length + 3 :].any(), "slots beyond the sequence stay as they were"
+
+
+@pytest.mark.slow
+def test_no_library_wants_an_executable_stack(pair: tuple[Transformer, Path], tmp_path: Path) -> None:
+    """glibc 2.41 does not load such a one; Inductor makes nothing else."""
+    for phase in ("prefill", "decode"):
+        with zipfile.ZipFile(pair[1] / f"{phase}.pt2") as archive:
+            (name,) = [n for n in archive.namelist() if n.endswith(".so")]
+            flags = stack_flags(Path(archive.extract(name, tmp_path)))
+        assert flags is not None
+        assert not flags[1] & EXECUTABLE
 
 
 @pytest.mark.slow
