@@ -12,12 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_report
+from benchmarks.markdown import conditions, table
+
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+GPU = {
+    "gpu_experts": gpu_report.experts,
+    "gpu_layer": gpu_report.layer,
+    "gpu_training": gpu_report.training,
+    "gpu_model": gpu_report.model,
+}
 
 
 def tables(folder: Path = RESULTS) -> str:
@@ -31,6 +39,8 @@ def tables(folder: Path = RESULTS) -> str:
             parts.append(decode(record))
         elif record.get("benchmark") == "compile_time":
             parts.append(compile_time(record))
+        elif record.get("benchmark") in GPU:
+            parts.append(GPU[record["benchmark"]](record))
         elif "layer" in record and "dtypes" in record:
             parts.append(layer(record))
         else:
@@ -128,29 +138,12 @@ def comparison(record: dict[str, Any]) -> str:
     return f"{title}\n\n{table(head, rows)}\n\n{conditions(record['environment'])}"
 
 
-def conditions(facts: dict[str, Any]) -> str:
-    """Under what conditions, in one line under the table."""
-    left_out = ("command", "date")
-    text = ", ".join(f"{name} {value}" for name, value in facts.items() if name not in left_out)
-    return f"{_cell(text)}. `{str(facts.get('command', '')).replace('`', '')}`"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table; the first column stands to the left, the others to the right."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
 def into(text: str, new: str) -> str:
     """`text` with `new` between the marks; raises ValueError if they are not there once each, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the file must hold {BEGIN} and then {END}, once each")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _rate(rate: float) -> str:
