@@ -181,7 +181,7 @@ class Trial:
 
 
 def routings(shape: Shape, rotations: int, generator: torch.Generator) -> list[Tensor]:
-    """`[T, K]` uniform experts for each rotation, distinct within a token; a lone token takes none of the last one's."""
+    """`[T, K]` uniform experts for each rotation, distinct within a token; a lone one takes none of the last's."""
     slots, drawn = shape.tokens * shape.top_k, []
     left = torch.empty(0, dtype=torch.long, device=generator.device)
     for _ in range(rotations):

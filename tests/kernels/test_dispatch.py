@@ -30,7 +30,7 @@ def ids_of(tokens: int, top_k: int, num_experts: int, kind: str = "uniform") -> 
         ids = torch.multinomial(share, max(1, ids.numel()), replacement=True, generator=generator)[: ids.numel()]
         ids = ids.view(tokens, top_k)
     elif kind == "out of range":
-        out = torch.tensor([-1, num_experts, 2**31 - 1, -(2**31), num_experts + 1])
+        out = torch.tensor([-1, num_experts, 2**31 - 1, -(2**31), 2**32])
         away = torch.rand(ids.shape, generator=generator) < 0.3
         ids = torch.where(away, out[torch.randint(0, 5, ids.shape, generator=generator)], ids)
     return ids
@@ -77,7 +77,7 @@ def test_every_routing(device, path, poison, num_experts, kind):
     """T K = 259, which no chunk divides; 63 experts leave some without a token, and one expert leaves all others."""
     ids = ids_of(37, 7, num_experts, kind)
     for dtype in (torch.int64, torch.int32)[: 2 if num_experts == 5 else 1]:
-        assert not complaint(plan_rows(device, ids.to(dtype), num_experts), ids, num_experts, BLOCK_M)
+        assert not complaint(plan_rows(device, ids.to(dtype), num_experts), ids.to(dtype), num_experts, BLOCK_M)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (1, 2), (3, 1), (16, 1), (17, 15)], ids=str)

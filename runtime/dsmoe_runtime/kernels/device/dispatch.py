@@ -7,6 +7,13 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def expert_of(ids, slot, n_slots, E: tl.constexpr):
+    """The experts of a block of slots, -1 where there is none; ids may be wider than 32 bits."""
+    e = tl.load(ids + slot, mask=slot < n_slots, other=-1)
+    return tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["n_slots", "max_tiles"])
 def sort_few(
     ids,
@@ -32,8 +39,8 @@ def sort_few(
     counts = tl.zeros([E_PAD], dtype=tl.int32)
     for start in range(0, n_slots, CHUNK):
         slot = start + lane
-        e = tl.load(ids + slot, mask=slot < n_slots, other=-1).to(tl.int32)
-        counts += tl.histogram(e, E_PAD, mask=(e >= 0) & (e < E))
+        e = expert_of(ids, slot, n_slots, E)
+        counts += tl.histogram(e, E_PAD, mask=e >= 0)
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     offset = tl.sum(tl.where(experts < expert, counts, 0), 0)
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0), 0)
@@ -51,7 +58,7 @@ def sort_few(
             tl.store(tile_row + first_tile + tile, offset + tile * BLOCK_M, mask=tile < own_tiles)
         for start in range(0, n_slots, CHUNK):
             slot = start + lane
-            mine = (tl.load(ids + slot, mask=slot < n_slots, other=-1).to(tl.int32) == expert).to(tl.int32)
+            mine = (expert_of(ids, slot, n_slots, E) == expert).to(tl.int32)
             place = offset + tl.cumsum(mine, 0) - mine
             tl.store(slots + place, slot, mask=mine != 0)
             offset += tl.sum(mine, 0)
@@ -65,8 +72,8 @@ def count(ids, counts, n_slots, E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.
         tl.extra.cuda.gdc_launch_dependents()
     chunk = tl.program_id(0)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    e = tl.load(ids + slot, mask=slot < n_slots, other=-1).to(tl.int32)
-    found = tl.histogram(e, E_PAD, mask=(e >= 0) & (e < E))
+    e = expert_of(ids, slot, n_slots, E)
+    found = tl.histogram(e, E_PAD, mask=e >= 0)
     tl.store(counts + chunk * E_PAD + tl.arange(0, E_PAD), found)
 
 
@@ -121,10 +128,10 @@ def place(
     at = begin + before
     for start in range(0, CHUNK, PART):
         slot = chunk * CHUNK + start + tl.arange(0, PART)
-        e = tl.load(ids + slot, mask=slot < n_slots, other=-1).to(tl.int32)
-        owned = (e[:, None] == experts[None, :]) & (experts < E)[None, :]
+        e = expert_of(ids, slot, n_slots, E)
+        owned = e[:, None] == experts[None, :]
         one = owned.to(tl.int32)
         rank = tl.cumsum(one, 0) - one
         position = tl.sum(tl.where(owned, rank + at[None, :], 0), 1)
-        tl.store(slots + position, slot, mask=(e >= 0) & (e < E))
+        tl.store(slots + position, slot, mask=e >= 0)
         at += tl.sum(one, 0)

@@ -17,7 +17,7 @@ def own_slots(ids, e, n_tokens, E: tl.constexpr, K: tl.constexpr, N_SHARED: tl.c
     """Index `i` into the ids (or tokens, for a shared expert), which are this expert's, and their rank and number."""
     lane = tl.arange(0, SLOTS)
     if e < E:
-        mine = tl.load(ids + lane, mask=lane < n_tokens * K, other=-1).to(tl.int32) == e
+        mine = tl.load(ids + lane, mask=lane < n_tokens * K, other=-1) == e
     else:
         mine = lane < n_tokens
     one = mine.to(tl.int32)
