@@ -12,7 +12,8 @@ from dsmoe_runtime.kernels.device import dispatch as device
 from dsmoe_runtime.kernels.launch import chained, launch, tracing
 
 FEW_SLOTS = 8192  # up to here every expert's program reads all ids itself: one launch instead of two
-CHUNK = 256
+MANY_SLOTS = 32768  # beyond, a program takes four times as many
+PART = 128  # slots that are compared with one another
 
 
 class Rows(NamedTuple):
@@ -57,15 +58,16 @@ def plan_rows(experts: Tensor, num_experts: int, block_m: int) -> Rows:
             num_warps=4 if n_slots <= 1024 else 8, pdl=pdl,
         )  # fmt: skip
         return rows
-    n_chunks = triton.cdiv(n_slots, CHUNK)
+    chunk = 2 * PART if n_slots <= MANY_SLOTS else 8 * PART  # few chunks: each looks at the counts of all
+    n_chunks = triton.cdiv(n_slots, chunk)
     counts = torch.empty(n_chunks * e_pad, dtype=torch.int32, device=device_)
     launch(
         device.count, (n_chunks,), experts, counts, n_slots,
-        E=num_experts, E_PAD=e_pad, CHUNK=CHUNK, PDL=pdl, num_warps=4, pdl=pdl,
+        E=num_experts, E_PAD=e_pad, CHUNK=chunk, PDL=pdl, num_warps=4, pdl=pdl,
     )  # fmt: skip
     launch(
         device.place, (n_chunks,), experts, counts, *rows, n_slots, n_chunks, n_tiles,
-        E=num_experts, E_PAD=e_pad, BLOCK_M=block_m, CHUNK=CHUNK, PART=max(16, min(128, 8192 // e_pad)),
+        E=num_experts, E_PAD=e_pad, BLOCK_M=block_m, CHUNK=chunk, PART=PART, TILES=max(16, min(128, 8192 // e_pad)),
         ROWS=max(16, 8192 // e_pad), PDL=pdl, num_warps=8, pdl=pdl,
     )  # fmt: skip
     return rows

@@ -32,14 +32,12 @@ def tracing() -> bool:
 def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, pdl: bool = False, **meta: Any) -> None:
     """`kernel[grid](*args, **meta)`; `pdl`: start early and wait inside, at the kernel's own `gdc_wait`.
 
-    In a graph the kernel is a node of its own, whose binary AOTInductor puts into the package; it starts late there,
-    which changes nothing but time.
+    In a graph the kernel is a node of its own, whose binary AOTInductor puts into the package. There it starts late,
+    which changes nothing but time: the wait is inline assembly, for which torch would take every tensor for written,
+    and copy the weights.
     """
     if tracing():
-        if (
-            "PDL" in meta
-        ):  # the wait is inline assembly: torch would take every tensor for written, and copy the weights
-            meta["PDL"] = False
+        meta |= {"PDL": False} if "PDL" in meta else {}
         torch.library.wrap_triton(kernel)[grid](*args, **meta)
     elif pdl:
         kernel[grid](*args, **meta, launch_pdl=True)

@@ -93,10 +93,15 @@ def place(
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
     PART: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Second launch: each chunk's slots go behind those of the chunks before it; the tiles are shared out likewise."""
+    """Second launch: each chunk's slots go behind those of the chunks before it; the tiles are shared out likewise.
+
+    A slot's rank within a part is the number of earlier slots of its expert: every pair is compared, which takes a GPU
+    less time than a running count for every expert.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -118,20 +123,20 @@ def place(
     tiles = (total + BLOCK_M - 1) // BLOCK_M
     last_tile = tl.cumsum(tiles, 0)
     first_tile = last_tile - tiles
-    for start in range(chunk * PART, max_tiles, PART * tl.num_programs(0)):
-        tile = start + tl.arange(0, PART)
+    for start in range(chunk * TILES, max_tiles, TILES * tl.num_programs(0)):
+        tile = start + tl.arange(0, TILES)
         owns = (tile[:, None] >= first_tile[None, :]) & (tile[:, None] < last_tile[None, :])
         owner = tl.sum(tl.where(owns, experts[None, :] + 1, 0), 1) - 1
         row = tl.sum(tl.where(owns, begin[None, :] + (tile[:, None] - first_tile[None, :]) * BLOCK_M, 0), 1)
         tl.store(tile_expert + tile, owner, mask=tile < max_tiles)
         tl.store(tile_row + tile, row, mask=tile < max_tiles)
     at = begin + before
+    lane = tl.arange(0, PART)
+    earlier = lane[None, :] < lane[:, None]
     for start in range(0, CHUNK, PART):
-        slot = chunk * CHUNK + start + tl.arange(0, PART)
+        slot = chunk * CHUNK + start + lane
         e = expert_of(ids, slot, n_slots, E)
-        owned = e[:, None] == experts[None, :]
-        one = owned.to(tl.int32)
-        rank = tl.cumsum(one, 0) - one
-        position = tl.sum(tl.where(owned, rank + at[None, :], 0), 1)
-        tl.store(slots + position, slot, mask=e >= 0)
-        at += tl.sum(one, 0)
+        rank = tl.sum(((e[:, None] == e[None, :]) & earlier).to(tl.int32), 1)
+        first = tl.gather(at, tl.maximum(e, 0), 0)
+        tl.store(slots + first + rank, slot, mask=e >= 0)
+        at += tl.histogram(e, E_PAD, mask=e >= 0)
