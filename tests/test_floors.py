@@ -115,7 +115,8 @@ def test_code_of_the_gpu_lies_apart_from_the_code_that_launches_it(path: Path) -
     """kernels/device/ holds functions that Triton compiles, and no torch; the rest of kernels/ holds none."""
     on_device = path.is_relative_to(KERNELS / "device")
     for function in functions_of(path):
-        jit = any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+        decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+        jit = any(decorator.startswith(("triton.jit", "gluon.jit")) for decorator in decorators)
         assert jit == on_device, f"line {function.lineno}: {function.name}"
     for node in ast.walk(ast.parse(path.read_text())):
         for name in imported(node) if on_device else []:

@@ -24,15 +24,18 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 import dsmoe_runtime.kernels
-from dsmoe_runtime.kernels.choose import choose, shape_of
-from dsmoe_runtime.kernels.experts import Weights, run
+from dsmoe_runtime.kernels.choose import best, choose, shape_of
+from dsmoe_runtime.kernels.device.specialised import product_specialised
+from dsmoe_runtime.kernels.dispatch import plan_rows
+from dsmoe_runtime.kernels.experts import Weights, down_sorted, run, up_sorted
 from dsmoe_runtime.kernels.experts_backward import experts_backward
 from dsmoe_runtime.kernels.experts_training import experts_training
 from dsmoe_runtime.kernels.gpu import named
 from dsmoe_runtime.kernels.moe import moe
-from dsmoe_runtime.kernels.plan import Plan
+from dsmoe_runtime.kernels.plan import Plan, Tile
 from dsmoe_runtime.kernels.route import gate, route
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -40,10 +43,14 @@ TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"
 }  # fmt: skip
-WORDS = ("HGMMA", "HMMA", "FFMA", "UTMALDG", "LDGSTS", r"LDG\.E\.[.A-Z]*128", "LDL", "STL")
+WORDS = (
+    "HGMMA", "HGMMA.64x256x16", "HMMA", "FFMA", "UTMALDG", "LDGSTS", "ARRIVES.LDGSTSBAR.64.ARVCNT", "FENCE.VIEW.ASYNC",
+    r"LDG\.E\.[.A-Z]*128", "LDL", "STL",
+)  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 V1 = ("softmax", 1, 1, "max", False, 1e-20, 1.0)
 V3 = ("sigmoid", 8, 4, "top2", True, 1e-20, 2.5)
+SPECIALISED = Plan("sorted", *2 * (Tile(128, 128, 64, 8, 3),), specialised=True)
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any], tuple[Any, ...]]
 
 # H, I, E, K; name as in the paper and its successors
@@ -89,7 +96,8 @@ def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> 
         if isinstance(value, Tensor):
             kind = f"*{TYPES[value.dtype]}"
         elif hasattr(value, "block_shape"):
-            kind, by_sixteen = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>", False
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            kind, by_sixteen = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>", False
         elif parameter.is_constexpr or value is None or (value == 1 and known and not isinstance(value, float)):
             kind, constants[(index,)], by_sixteen = "constexpr", value, False
         elif isinstance(value, float):
@@ -99,7 +107,8 @@ def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> 
         signature[parameter.name] = kind
         if by_sixteen:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return source(kernel, signature, constants, attributes)
 
 
 def built(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +189,30 @@ def inference() -> Iterator[tuple[str, list[Launch]]]:
     """Each kernel of the forward at least once, in the tiles of the paper's model."""
     for tokens in (16, 64, 512):
         yield f"16B T={tokens}", forward("16B", tokens)
+    scanning = best(shape_of(16, *SHAPES["16B"], torch.bfloat16), named("H200"))  # a table may say otherwise
+    yield "16B T=16 by the model", forward("16B", 16, plan=scanning)
+    yield "16B specialised", forward("16B", 4096, plan=SPECIALISED)
     for tokens in (1, 4096):
         yield f"16B layer T={tokens}", layer("16B", tokens)
     yield "V3 gate", router("V3", 16)
+
+
+def specialised() -> Iterator[tuple[str, list[Launch]]]:
+    """The warp-specialised kernels: sizes that blocks do not divide, activations, and what training keeps."""
+    yield "16B", [made for made in forward("16B", 4096, plan=SPECIALISED) if made[0] is product_specialised]
+    hidden, width, experts, top_k = 1288, 1096, 9, 4
+    for activation, dtype in (
+        ("silu", torch.bfloat16), ("silu_clamped", torch.float16), ("swiglu_oai", torch.bfloat16)
+    ):  # fmt: skip
+        x, ids, _ = tokens_of(300, hidden, top_k, dtype)
+        w = Weights.of(*weights_of(hidden, width, experts, dtype))._replace(activation=activation)
+
+        def keep(x: Tensor = x, ids: Tensor = ids, w: Weights = w) -> None:
+            rows = plan_rows(ids, experts, SPECIALISED.up.block_m)
+            hidden, _ = up_sorted(x, rows, top_k, w, SPECIALISED, save_joint=True)
+            down_sorted(hidden, rows, w, SPECIALISED)
+
+        yield f"{activation} {dtype}", [made for made in launches(keep) if made[0] is product_specialised]
 
 
 def backward() -> Iterator[tuple[str, list[Launch]]]:
@@ -199,10 +229,13 @@ def sweep() -> Iterator[tuple[str, list[Launch]]]:
             yield f"{name} T={tokens} float32", forward(name, tokens, torch.float32)
 
 
+PARTS = {"forward": inference, "specialised": specialised, "training": backward, "sweep": sweep}
+
+
 def main(part: str) -> None:
     """Print what is built, each different kernel once."""
     known = set()
-    for name, made in {"forward": inference, "training": backward, "sweep": sweep}[part]():
+    for name, made in PARTS[part]():
         for kernel, arguments, meta, _ in made:
             source = source_of(kernel, arguments, meta)
             key = source.hash() + str({option: meta.get(option) for option in OPTIONS})

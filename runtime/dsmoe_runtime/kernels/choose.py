@@ -67,13 +67,11 @@ PAIRS_UP = (
     (16, 256, 4),
 )  # fmt: skip
 PAIRS_DOWN = ((1, 4), (2, 4), (2, 8), (4, 8), (4, 4), (8, 8))  # columns, warps
-PAIRS_DEPTH, PAIRS_EACH = (
-    4096,
-    64,
-)  # the widest expert that is asked ahead in one block, and 16-bit elements of a thread
+PAIRS_DEPTH = 4096  # the widest expert that is asked ahead in one block
+PAIRS_EACH = 64  # 16-bit elements of a thread
 
 VARIED: dict[str, tuple[Any, ...]] = {
-    "group": (4, 16), "half": (False, True), "ahead": (256,), "tma_rows": (False,), "resident": (2,)
+    "group": (4, 16), "half": (False, True), "ahead": (256,), "tma_rows": (False,), "resident": (2,),
 }  # fmt: skip
 
 

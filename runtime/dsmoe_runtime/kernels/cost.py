@@ -45,6 +45,13 @@ def refusal(shape: Shape, plan: Plan, device: Device) -> str | None:
         return f"down asks ahead in one block, and {plan.down.block_k} is less than the width {shape.width}"
     if plan.half and (plan.regime != "sorted" or plan.up.block_m < 32):
         return f"half of {plan.up.block_m} rows: sorted tiles of at least 32 rows can be halved"
+    if plan.specialised:
+        if plan.regime != "sorted" or plan.up.block_m != 128:
+            return f"specialised kernels take sorted tiles of 128 rows, not {plan.regime} of {plan.up.block_m}"
+        if not device.wgmma or shape.dtype == "float32":
+            return f"specialised kernels multiply 16 bits on Hopper, not {shape.dtype} on {device.name}"
+        if shape.hidden % 8 or shape.width % 8:
+            return f"specialised kernels copy 16 bytes at a time; {shape.hidden} and {shape.width} must divide by 8"
     for name, tile, halves in (("up", plan.up, 2), ("down", plan.down, 1)):
         blocks = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
         if any(block < 1 or block & (block - 1) for block in blocks) or tile.num_stages < 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dsmoe_runtime.kernels import specialised
 from dsmoe_runtime.kernels.choose import choose, shape_of
 from dsmoe_runtime.kernels.device import combine, grouped, pairs, scan
 from dsmoe_runtime.kernels.dispatch import Rows, plan_rows
@@ -16,6 +19,8 @@ from dsmoe_runtime.kernels.gpu import facts, named
 from dsmoe_runtime.kernels.launch import chained, launch, tracing, upcast
 from dsmoe_runtime.kernels.plan import Plan, Tile
 from dsmoe_runtime.ops.experts import check_call
+
+log = logging.getLogger(__name__)
 
 COMBINE_BLOCK = 1024
 MANY_TOKENS = 4096  # of a prompt whose length is free
@@ -85,7 +90,22 @@ def experts(
 
 
 def plan_for(x: Tensor, top_k: int, w: Weights) -> Plan:
-    """The plan of a call. In a graph for any number of tokens it is one that is right for all of them."""
+    """The plan of a call, without specialised kernels where they cannot run; the log says so, once for each reason."""
+    plan = plan_of_sizes(x, top_k, w)
+    if plan.specialised and (reason := specialised.refusal(x, w)) is not None:
+        tell_once(reason)
+        return replace(plan, specialised=False)
+    return plan
+
+
+@cache
+def tell_once(reason: str) -> None:
+    """To the log."""
+    log.warning("the plan names specialised kernels, and the plain ones run: %s", reason)
+
+
+def plan_of_sizes(x: Tensor, top_k: int, w: Weights) -> Plan:
+    """The plan as it is chosen. In a graph for any number of tokens it is one that is right for all of them."""
     tokens: int | torch.SymInt = x.shape[0]
     device = facts(x.device) if x.device.type == "cuda" else named("H200")
     sizes = (x.shape[1], w.width, w.gate_up.shape[0], top_k, x.dtype)
@@ -186,6 +206,8 @@ def up_sorted(
     x: Tensor, rows: Rows, top_k: int, w: Weights, plan: Plan, save_joint: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`hidden [P, I]` in sorted order, and `joint [P, 2I]`, before the activation, if asked for."""
+    if plan.specialised:
+        return specialised.up(x, rows, top_k, w, save_joint)
     tokens, hidden_size = x.shape
     n_slots, num_experts, pdl = tokens * top_k, w.gate_up.shape[0], chained(x.device)
     hidden = x.new_empty((n_slots, w.width))
@@ -206,6 +228,8 @@ def up_sorted(
 
 def down_sorted(hidden: Tensor, rows: Rows, w: Weights, plan: Plan) -> Tensor:
     """`answers [P, H]` in the order of the slots."""
+    if plan.specialised:
+        return specialised.down(hidden, rows, w)
     hidden_size, tile = w.down.shape[1], plan.down
     answers = hidden.new_empty((hidden.shape[0], hidden_size))
     pdl, tma = chained(hidden.device), by_tma(w.down)

@@ -44,6 +44,8 @@ class Plan:
     ahead: bytes of each row of weights that the L2 is asked for before the kernel may begin; 0: none.
     tma_rows: down reads the hidden state by the copy engine, too.
     resident: programs per multiprocessor, each of which walks over many tiles; 0: one program a tile.
+    specialised: kernels some of whose warps copy while others multiply, cut in one way whatever the tiles say, but for
+        their 128 rows; see `kernels.specialised`.
     """
 
     regime: str
@@ -54,3 +56,4 @@ class Plan:
     ahead: int = 0
     tma_rows: bool = True
     resident: int = 0
+    specialised: bool = False
