@@ -22,6 +22,7 @@ from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.ops import cuda
 
 pytest.importorskip("triton")
+LONG = 6000  # tokens whose slots are sorted in two launches
 GATE = (2, "softmax", 1, 1, "max", True, 0.0, 1.0)
 
 
@@ -31,7 +32,7 @@ def traced() -> Any:
     cases = [
         *("toy:96:bfloat16", "toy:1:float32", "toy:96:float64"),
         *("cut:96:bfloat16", "cut:1:bfloat16"),
-        *(f"{name}:{tokens}:bfloat16" for name in ("route", "experts", "moe") for tokens in (1, 96)),
+        *(f"{name}:{tokens}:bfloat16" for name in ("route", "experts", "moe") for tokens in (1, 96, LONG)),
     ]
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -46,7 +47,6 @@ def traced() -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 96])
 def test_a_call_becomes_its_kernels(traced: Any, tokens: int) -> None:
     """The stand-in's one kernel instead of the operator; shapes and dtypes are the operator's."""
@@ -58,7 +58,6 @@ def test_a_call_becomes_its_kernels(traced: Any, tokens: int) -> None:
     assert result["outputs"] == [[[str(size), "2"], "torch.float32"], [[str(size), "2"], "torch.int64"]]
 
 
-@pytest.mark.slow
 def test_the_number_of_tokens_stays_free(traced: Any) -> None:
     """A grid that was fixed while tracing would leave the tokens of longer prompts out."""
     result = traced["toy:96:bfloat16"]
@@ -68,14 +67,12 @@ def test_the_number_of_tokens_stays_free(traced: Any) -> None:
     assert traced["toy:1:float32"]["grids"] == ["[(1, 1, 1)]"]
 
 
-@pytest.mark.slow
 def test_a_kernel_that_is_cut_for_the_traced_size_is_refused(traced: Any) -> None:
     """The stand-in with a constant that follows from the number of tokens; other prompts would overrun it."""
     assert "TargetError: cut: a kernel is cut for Eq(" in traced["cut:96:bfloat16"]["error"]
     assert traced["cut:1:bfloat16"]["kernels"] == ["fill"]
 
 
-@pytest.mark.slow
 def test_what_the_kernels_refuse_stays_a_call_with_its_reason(traced: Any) -> None:
     result = traced["toy:96:float64"]
     assert result["kept"] == [["dsmoe::route", "float64 has no kernels"]]
@@ -85,9 +82,8 @@ def test_what_the_kernels_refuse_stays_a_call_with_its_reason(traced: Any) -> No
 OUTPUTS = {"route": 2, "experts": 1, "moe": 2}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["route", "experts", "moe"])
-@pytest.mark.parametrize("tokens", [1, 96])
+@pytest.mark.parametrize("tokens", [1, 96, LONG])
 def test_our_kernels_can_be_recorded(traced: Any, name: str, tokens: int) -> None:
     """For one token and for a free number: no look at values, no address, no size fixed on the way."""
     result = traced[f"{name}:{tokens}:bfloat16"]

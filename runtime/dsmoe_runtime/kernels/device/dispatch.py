@@ -8,9 +8,10 @@ import triton.language as tl
 
 
 @triton.jit
-def expert_of(ids, slot, n_slots, E: tl.constexpr):
-    """The experts of a block of slots, -1 where there is none; ids may be wider than 32 bits."""
-    e = tl.load(ids + slot, mask=slot < n_slots, other=-1)
+def expert_of(e, E: tl.constexpr):
+    """An id as 32 bits, -1 where it is no expert's; ids may be wider. (Loads stay with the callers: of a call that gets
+    a pointer, and whose result a store's address depends on, torch thinks that it writes there.)
+    """
     return tl.where((e >= 0) & (e < E), e, -1).to(tl.int32)
 
 
@@ -39,7 +40,7 @@ def sort_few(
     counts = tl.zeros([E_PAD], dtype=tl.int32)
     for start in range(0, n_slots, CHUNK):
         slot = start + lane
-        e = expert_of(ids, slot, n_slots, E)
+        e = expert_of(tl.load(ids + slot, mask=slot < n_slots, other=-1), E)
         counts += tl.histogram(e, E_PAD, mask=e >= 0)
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     offset = tl.sum(tl.where(experts < expert, counts, 0), 0)
@@ -58,7 +59,7 @@ def sort_few(
             tl.store(tile_row + first_tile + tile, offset + tile * BLOCK_M, mask=tile < own_tiles)
         for start in range(0, n_slots, CHUNK):
             slot = start + lane
-            mine = (expert_of(ids, slot, n_slots, E) == expert).to(tl.int32)
+            mine = (expert_of(tl.load(ids + slot, mask=slot < n_slots, other=-1), E) == expert).to(tl.int32)
             place = offset + tl.cumsum(mine, 0) - mine
             tl.store(slots + place, slot, mask=mine != 0)
             offset += tl.sum(mine, 0)
@@ -72,7 +73,7 @@ def count(ids, counts, n_slots, E: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.
         tl.extra.cuda.gdc_launch_dependents()
     chunk = tl.program_id(0)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    e = expert_of(ids, slot, n_slots, E)
+    e = expert_of(tl.load(ids + slot, mask=slot < n_slots, other=-1), E)
     found = tl.histogram(e, E_PAD, mask=e >= 0)
     tl.store(counts + chunk * E_PAD + tl.arange(0, E_PAD), found)
 
@@ -135,7 +136,7 @@ def place(
     earlier = lane[None, :] < lane[:, None]
     for start in range(0, CHUNK, PART):
         slot = chunk * CHUNK + start + lane
-        e = expert_of(ids, slot, n_slots, E)
+        e = expert_of(tl.load(ids + slot, mask=slot < n_slots, other=-1), E)
         rank = tl.sum(((e[:, None] == e[None, :]) & earlier).to(tl.int32), 1)
         first = tl.gather(at, tl.maximum(e, 0), 0)
         tl.store(slots + first + rank, slot, mask=e >= 0)
