@@ -262,8 +262,12 @@ def test_output_is_new_memory_and_inputs_stay(tokens):
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_values(changes, error, message):
-    """Rows 17 and 18."""
+    """Rows 17 and 18; also on the way to the kernels of a GPU, which would read beyond what is too small."""
+    call = expert_case() | attributes() | changes
     with pytest.raises(error, match=message) as caught:
-        torch.ops.dsmoe.experts(**(expert_case() | attributes() | changes))
+        torch.ops.dsmoe.experts(**call)
     assert isinstance(caught.value, ValueError)
+    for operator in (torch.ops.dsmoe.experts, torch.ops.dsmoe.experts_training):
+        with pytest.raises(error, match=message):
+            operator.default._op_dk(torch._C.DispatchKey.CUDA, **call)
     assert "\n" not in str(caught.value)

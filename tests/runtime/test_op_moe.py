@@ -194,9 +194,11 @@ def test_gradients_are_the_oracles(gate):
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_values(index, value, error, message):
-    """Rows 17 and 18."""
+    """Rows 17 and 18; also on the way to the kernels of a GPU, which would read beyond what is too small."""
     arguments = list(moe_arguments(layer_of(small_config())))
     arguments[index] = value
     with pytest.raises(error, match=message) as caught:
         torch.ops.dsmoe.moe(torch.zeros(4, 42), *arguments)
     assert isinstance(caught.value, ValueError)
+    with pytest.raises(error, match=message):
+        torch.ops.dsmoe.moe.default._op_dk(torch._C.DispatchKey.CUDA, torch.zeros(4, 42), *arguments)

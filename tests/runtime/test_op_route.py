@@ -133,3 +133,6 @@ def test_wrong_tensors_are_refused():
         route(torch.zeros(2, 12), torch.zeros(11))
     with pytest.raises(InputError, match="on meta"):
         route(torch.zeros(2, 12), torch.zeros(12, device="meta"))
+    gate = (3, "softmax", 1, 1, "max", False, 1e-20, 1.0)
+    with pytest.raises(InputError, match=r"\(11,\) on cpu; the logits want \[12\] on cpu"):  # on the way to the kernels
+        torch.ops.dsmoe.route.default._op_dk(torch._C.DispatchKey.CUDA, torch.zeros(2, 12), torch.zeros(11), *gate)

@@ -25,13 +25,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REFUSALS: dict[str, Refusal | None] = {}
 
 
-def register_cuda(name: str, rule: Callable[..., Any], refusal: Refusal | None = None) -> None:
+def register_cuda(
+    name: str, rule: Callable[..., Any], refusal: Refusal | None = None, check: Callable[..., None] | None = None
+) -> None:
     """On CUDA run `dsmoe::name` by its kernels, else, for the reason that `why_not` gives, by `rule`.
 
     refusal: what the kernels cannot do with the operator's arguments, or None; it is asked on a GPU only.
+    check: raises for arguments that do not fit each other, as the rule does: a kernel would read beyond them.
     """
 
     def on_cuda(*arguments: Any) -> Any:
+        if check is not None:
+            check(*arguments)
         reason = why_not(name, arguments)
         if reason is None:
             return kernels(name)(*arguments)

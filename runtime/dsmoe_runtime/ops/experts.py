@@ -3,6 +3,8 @@
 T tokens, H hidden size, E experts, I expert width, K experts per token, N = T K slots, A = the accumulation dtype.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -213,4 +215,12 @@ ARGUMENTS = (
 )
 register(f"experts({ARGUMENTS}) -> Tensor", experts, _experts_fake)
 register_training("experts", "experts_training", outputs=1)
-register_cuda("experts", experts)
+
+
+def check_inputs(*inputs: Any) -> None:
+    """`check_call` of all that the operator takes: alpha and limit, the ninth and tenth, may be anything."""
+    checked = (*inputs[:8], inputs[10])
+    check_call(*checked)
+
+
+register_cuda("experts", experts, check=check_inputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsmoe_runtime.ops.cuda import register_cuda
-from dsmoe_runtime.ops.experts import ARGUMENTS, check_call, dispatch, experts
+from dsmoe_runtime.ops.experts import ARGUMENTS, check_call, check_inputs, dispatch, experts
 from dsmoe_runtime.ops.library import register, register_autograd
 
 Kept = tuple[Tensor, Tensor, Tensor]
@@ -112,4 +112,4 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 
 
 register_autograd("experts_training", _backward, _save)
-register_cuda("experts_training", experts_training)
+register_cuda("experts_training", experts_training, check=check_inputs)

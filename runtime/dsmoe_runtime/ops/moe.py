@@ -203,4 +203,10 @@ def _refusal(
     return refusal(weight.shape[0], top_k, x, weight, bias, selection_bias)
 
 
-register_cuda("moe", moe, _refusal)
+def _check_inputs(*inputs: Any) -> None:
+    """`_check` of all that the operator takes."""
+    checked = (*inputs[:4], inputs[4:9], inputs[12], inputs[13:17], inputs[17], inputs[20], inputs[21:])
+    _check(*checked)
+
+
+register_cuda("moe", moe, _refusal, check=_check_inputs)

@@ -205,4 +205,4 @@ def _refusal(logits: Tensor, bias: Tensor | None, top_k: int, *_: Any) -> str | 
     return refusal(logits.shape[1], top_k, logits, bias)
 
 
-register_cuda("route", route, _refusal)
+register_cuda("route", route, _refusal, check=lambda *inputs: _check(*inputs[:7]))
