@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dsmoe_compiler.compare.conditions import conditions
-from dsmoe_compiler.compare.timing import Samples
+from dsmoe_compiler.compare.timing import Samples, captured, stopwatch
 
 BANDWIDTH, MATRIX_RATE = 4.3e12, 788e12  # bytes/s of a copy and bf16 FLOP/s of a large product, measured on the H200
 COLD_BYTES = 300e6  # five times the L2: what passes before the same weights come round again
@@ -40,45 +40,28 @@ class Replay:
         self.calls, self.device, self.result = calls, device, None
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda" and graph:
-            self._capture()
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for call in self.calls:
-                call()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in self.calls:
-                self.result = call()
-        self.graph = graph
+            self.graph = captured(self._call, device, warm=self._call)
 
     def run(self) -> Any:
-        """All calls once; what the last one returned."""
+        """Once; the result of the last call."""
         if self.graph is not None:
             self.graph.replay()
-            return self.result
+        else:
+            self._call()
+        return self.result
+
+    def _call(self) -> None:
         for call in self.calls:
             self.result = call()
-        return self.result
 
     def seconds(self, rounds: int = 1) -> float:
         """Seconds a call, the mean over `rounds` replays."""
-        if self.device.type != "cuda":
-            start = time.perf_counter()
+
+        def replays() -> None:
             for _ in range(rounds):
                 self.run()
-            return (time.perf_counter() - start) / (rounds * len(self.calls))
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(rounds):
-            self.run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / (rounds * len(self.calls))
+
+        return stopwatch(replays, self.device) / (rounds * len(self.calls))
 
 
 def interleave(replays: Mapping[str, Replay], repeats: int, *, warm: int = 2) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dsmoe_compiler.compare.timing import stopwatch
+from dsmoe_compiler.compare.timing import captured, stopwatch
 from dsmoe_runtime.agreement import row_error, within_budget
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.ops.mlp import mlp
@@ -132,16 +132,10 @@ class Trial:
             self.call(plan, rotation)
 
     def _capture(self, plan: Plan) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self.call(plan)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
         # One pool for all: graphs overwrite each other's intermediates, which none of them reads from another.
-        with torch.cuda.graph(graph, pool=self.pool):
-            self._round(plan)
+        graph: torch.cuda.CUDAGraph = captured(
+            lambda: self._round(plan), self.device, warm=lambda: self.call(plan), pool=self.pool
+        )
         graph.replay()
         return graph
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
+from typing import Any
 
 import torch
 
@@ -68,6 +69,20 @@ def stopwatch(call: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def captured(call: Callable[[], object], device: torch.device, *, warm: Callable[[], object], pool: Any = None) -> Any:
+    """`call` as a CUDA graph, not yet replayed; `warm` runs first, beside the stream, and compiles what it must."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        warm()
+    torch.cuda.current_stream(device).wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph
 
 
 def interleave(runs: Mapping[str, Callable[[], float]], *, repeats: int) -> dict[str, Samples]:

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from dsmoe_runtime.kernels.device import dgrad, sort_rows, sums
-from dsmoe_runtime.kernels.dispatch import most_tiles
+from dsmoe_runtime.kernels.dispatch import carved, most_tiles
 from dsmoe_runtime.kernels.launch import chained, launch
 
 CHUNK = 1024
@@ -43,9 +43,7 @@ def order_of(saved: Saved, block_m: int) -> Order:
     """The inverse of `saved.slots`, undefined for skipped slots, and the row tiles."""
     n_slots, num_experts, pdl = len(saved.slots), saved.num_experts, chained(saved.slots.device)
     n_tiles = most_tiles(n_slots, num_experts, block_m)
-    # Multiples of 16 bytes, or the GEMMs would be compiled anew for numbers of tokens at which they are not.
-    parts = (*(-(-n // 4) * 4 for n in (n_slots, n_tiles, n_tiles)), 1)
-    order = Order(*saved.slots.new_empty(sum(parts)).split(parts))
+    order = Order(*carved((n_slots, n_tiles, n_tiles, 1), saved.slots.device))
     launch(
         sort_rows.place_slots, (torch.sym_max(num_experts, triton.cdiv(n_slots, CHUNK)),),
         saved.slots, saved.offsets, *order,

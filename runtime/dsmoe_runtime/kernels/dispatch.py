@@ -35,6 +35,13 @@ def most_tiles(n_slots: int, num_experts: int, block_m: int) -> int:
     return torch.sym_min(num_experts, n_slots) + n_slots // block_m
 
 
+def carved(parts: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """int32 tensors of so many elements in one allocation; each begins at 16 bytes, so that one binary serves any T."""
+    rooms = [-(-part // 4) * 4 for part in parts]
+    buffer = torch.empty(sum(rooms), dtype=torch.int32, device=device)
+    return [room[:part] for room, part in zip(buffer.split(rooms), parts, strict=True)]
+
+
 def plan_rows(experts: Tensor, num_experts: int, block_m: int) -> Rows:
     """Sort the slots of `experts [T, K]`, contiguous, by expert; one launch up to 8192 slots, else two."""
     n_slots, device_ = experts.numel(), experts.device
@@ -44,9 +51,7 @@ def plan_rows(experts: Tensor, num_experts: int, block_m: int) -> Rows:
     if tracing():  # a graph plans its memory ahead, and copies what is written through a view
         rows = Rows(*(torch.empty(part, dtype=torch.int32, device=device_) for part in parts))
     else:
-        rooms = [-(-part // 4) * 4 for part in parts]  # each begins at 16 bytes, whatever T: one binary serves all
-        buffer = torch.empty(sum(rooms), dtype=torch.int32, device=device_)
-        rows = Rows(*(room[:part] for room, part in zip(buffer.split(rooms), parts, strict=True)))
+        rows = Rows(*carved(parts, device_))
     if isinstance(n_slots, int) and n_slots == 0:
         rows.offsets.zero_()
         return rows

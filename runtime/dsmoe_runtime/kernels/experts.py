@@ -18,7 +18,6 @@ from dsmoe_runtime.kernels.dispatch import Rows, plan_rows
 from dsmoe_runtime.kernels.gpu import facts, named
 from dsmoe_runtime.kernels.launch import chained, launch, tracing, upcast
 from dsmoe_runtime.kernels.plan import Plan, Tile
-from dsmoe_runtime.ops.experts import check_call
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,6 @@ def experts(
     layout: str,
 ) -> Tensor:
     """`y [T, H]`; arguments as in `ops.experts`."""
-    check_call(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, layout)
     w = Weights.of(gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout)
     return run(x, experts, weights, w, plan_for(x, experts.shape[1], w))
 
@@ -148,7 +146,7 @@ def combine_answers(
     launch(
         combine.combine, (tokens, triton.cdiv(hidden_size, block)),
         answers, experts, weights, extra, y, tokens,
-        H=hidden_size, E=w.gate_up.shape[0], K=experts.shape[1], N_SHARED=w.n_shared, HAS_WEIGHTS=True,
+        H=hidden_size, E=w.gate_up.shape[0], K=experts.shape[1], N_SHARED=w.n_shared,
         HAS_EXTRA=extra is not None, BLOCK_H=block, PDL=pdl, num_warps=4, pdl=pdl,
     )  # fmt: skip
 
@@ -251,13 +249,7 @@ def programs(rows_like: Tensor, rows: Rows, tile: Tile, columns: int, plan: Plan
     items = rows.tile_expert.shape[0] * triton.cdiv(columns, tile.block_n)
     if plan.resident == 0 or rows_like.device.type != "cuda":
         return (items,)
-    return (min(items, plan.resident * processors(rows_like.device)),)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return (min(items, plan.resident * facts(rows_like.device).multiprocessors),)
 
 
 def shared(weight: Tensor | None, routed: Tensor) -> Tensor:

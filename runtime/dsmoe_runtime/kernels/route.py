@@ -52,11 +52,6 @@ def refusal(num_experts: int, top_k: int, *tensors: Tensor | None) -> str | None
     return None
 
 
-def supports(num_experts: int, top_k: int, *tensors: Tensor | None) -> bool:
-    """Whether the kernels can do it; `refusal` says why not."""
-    return refusal(num_experts, top_k, *tensors) is None
-
-
 def route(
     logits: Tensor,
     bias: Tensor | None,

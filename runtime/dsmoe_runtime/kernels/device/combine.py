@@ -16,7 +16,6 @@ def combine(
     E: tl.constexpr,
     K: tl.constexpr,
     N_SHARED: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
@@ -36,10 +35,8 @@ def combine(
             owner = e + 0 * column
             chosen = (owner >= 0) & (owner < E)
             answer = tl.load(answers + row * H + column, mask=inside & chosen, other=0.0).to(tl.float32)
-            if HAS_WEIGHTS:
-                weight = tl.load(weights + token * K + k).to(tl.float32)
-                answer *= tl.where(chosen, weight, 0.0)
-            total += answer
+            weight = tl.load(weights + token * K + k).to(tl.float32)
+            total += answer * tl.where(chosen, weight, 0.0)
         else:
             total += tl.load(answers + row * H + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_EXTRA:
