@@ -19,6 +19,8 @@ from torch import Tensor, fx
 
 from dsmoe_compiler.capture import Capture
 from dsmoe_compiler.phases import Phase
+from dsmoe_compiler.targets.aoti import accepted
+from dsmoe_compiler.targets.one_token import masks_to_float, options_for
 from dsmoe_model.attention import KVCache
 from dsmoe_model.config import ModelConfig
 from dsmoe_model.transformer import Transformer, build
@@ -98,7 +100,10 @@ def inductor(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> Callable[..., An
     import torch._inductor
 
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # the same parameters; the compiler rewrites the graph
-    return torch._inductor.compile(own, list(inputs))  # type: ignore[return-value]
+    if inputs[0].is_cuda:
+        masks_to_float(own)
+    options = accepted(options_for(inputs))
+    return torch._inductor.compile(own, list(inputs), options=options)  # type: ignore[return-value]
 
 
 def reference(

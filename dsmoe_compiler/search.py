@@ -145,16 +145,16 @@ def kinds(plans: Sequence[Plan], shape: Shape, device: Device) -> list[Plan]:
     """The first plan of each regime and height, those left out that the model finds far too slow."""
     from dsmoe_runtime.kernels.choose import predict
 
-    first: dict[tuple[str, int], Plan] = {}
+    first: dict[tuple[str, int, bool], Plan] = {}
     for plan in plans:
-        first.setdefault((plan.regime, plan.up.block_m), plan)
+        first.setdefault((plan.regime, plan.up.block_m, plan.specialised), plan)
     best = min(predict(shape, plan, device) for plan in first.values())
     return [plan for plan in first.values() if predict(shape, plan, device) <= SLOWER * best]
 
 
 def leaders(search: Search) -> list[Plan]:
-    """The fastest plan, and the fastest of another kind if it is close."""
-    ranked = search.ranked()
+    """The fastest plan with tiles to choose, and the fastest of another kind if it is close."""
+    ranked = [plan for plan in search.ranked() if not plan.specialised]
     if not ranked:
         return []
     best = ranked[0]

@@ -28,6 +28,8 @@ from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.targets import processor
 from dsmoe_compiler.targets.elf import plain_stack
 from dsmoe_compiler.targets.lower import Kept, analysed, check_lowered, lower
+from dsmoe_compiler.targets.one_token import masks_to_float
+from dsmoe_compiler.targets.one_token import options_for as one_token_options
 from dsmoe_compiler.targets.package import contents
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
 from dsmoe_compiler.targets.workers import Job, Progress, WorkerError, Workers, can_fork, describe
@@ -193,7 +195,9 @@ def compile_phase(
     kept: list[Kept] = []
     if on_cuda:
         graph, kept = lower(phase.graph)
+        masks_to_float(graph)
         phase = replace(phase, graph=graph)
+        options = options | accepted(one_token_options(phase.inputs))
     for operator, reason in sorted({(call.operator, call.reason) for call in kept}):
         log.warning("%s: %s stays a call, and the package needs Python for it: %s", phase.name, operator, reason)
     build, file = folder / f".build-{phase.name}", folder / f"{phase.name}.pt2"

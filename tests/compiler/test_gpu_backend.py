@@ -73,5 +73,6 @@ def test_what_the_kernels_refuse_runs_as_the_rule_and_is_said(caplog: pytest.Log
         ours = fast(prompt(8)).logits_BSV
     torch.testing.assert_close(ours, exact(prompt(8)).logits_BSV, rtol=1e-9, atol=1e-9)
     text = "\n".join(r.message for r in caplog.records)
-    assert "no CUDA graphs: dsmoe::moe runs as plain torch on the GPU: float64 has no kernels" in text
-    assert "dsmoe::moe runs as plain torch on the GPU, which is slow: float64 has no kernels" in text
+    assert "no CUDA graphs: dsmoe::route runs as plain torch on the GPU: float64 has no kernels" in text
+    for name in ("route", "experts"):
+        assert f"dsmoe::{name} runs as plain torch on the GPU, which is slow: float64 has no kernels" in text

@@ -84,14 +84,24 @@ def verdict(
     """Agreement with the rule in float64, by the budget that the rule in the same dtype sets, for all tokens at once.
 
     added: what a function of the case gives to the answer beside the routed experts.
-    Triton's interpreter cuts bfloat16 off where a GPU rounds: the budget is three times as wide there.
+    The budget is `widened` for what differs from the CPU that eager ran on.
     """
     results = []
     for given in (case, exact(case)):
         answer = rule(**given, **attributes(activation, layout))
         results.append(answer if added is None else answer + added(given))
-    factor = 6.0 if INTERPRETED and actual.dtype == torch.bfloat16 else 2.0
-    return within_budget(actual, eager=results[0], exact=results[1], factor=factor)
+    return within_budget(actual, eager=results[0], exact=results[1], factor=widened(actual.dtype))
+
+
+def widened(dtype: torch.dtype) -> float:
+    """Budget factor, for what differs from the CPU that eager ran on.
+
+    Triton's interpreter cuts bfloat16 off where a GPU rounds; and a GPU adds float32 one after another where the CPU
+    adds in sixteen lanes: 1.2 times the usual budget was seen.
+    """
+    if dtype == torch.bfloat16:
+        return 6.0 if INTERPRETED else 2.0
+    return 4.0 if dtype == torch.float32 and not INTERPRETED else 2.0
 
 
 def check(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dsmoe_runtime.agreement import assert_within_budget, within_budget
+from dsmoe_runtime.agreement import assert_within_budget, row_error, within_budget
 from dsmoe_runtime.kernels import backward_gemms
 from dsmoe_runtime.kernels import experts_backward as kernels
 from dsmoe_runtime.kernels.experts_training import experts_training
@@ -18,6 +18,7 @@ from dsmoe_runtime.kernels.plan_backward import HALF, BackwardPlan
 from dsmoe_runtime.ops.activation import activate
 from dsmoe_runtime.ops.experts_backward import experts_backward as rule
 from dsmoe_runtime.ops.experts_training import keep
+from tests.kernels.cases import widened
 from tests.runtime.op_cases import ALPHA, LAYOUTS, LIMIT, attributes, exact, expert_case, laid_out, normal
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -77,10 +78,8 @@ def verdicts(case, activation, layout, actual):
 
     A row is a token's gradient of x, an expert's of a weight, and all those of the routing weights: the sum of a few
     slots may cancel, in eager as in ours, so a single row of a matrix says little.
-
-    Triton's interpreter cuts bfloat16 off where a GPU rounds: the budget is three times as wide there.
     """
-    factor = 6.0 if INTERPRETED and case["x"].dtype == torch.bfloat16 else 2.0
+    factor = widened(case["x"].dtype)
     expected = rule(**exact(case), **attributes(activation, layout), weight_grads=True)
     results = {}
     for name, ours, theirs, truth in zip(TENSORS, actual, eager(case, activation, layout), expected, strict=True):
@@ -175,7 +174,7 @@ def test_strides_of_any_kind(device):
     for name in ("x", "weights", "gate_up", "down"):
         case[name] = case[name].mT.contiguous().mT
     for actual, expected in zip(run(device, case, "silu", "concat", SMALL), plain, strict=True):
-        torch.testing.assert_close(actual, expected)
+        assert (row_error(actual.flatten(1), expected.flatten(1)) <= 1e-5).all()  # sums in another order
 
 
 def test_nan_stays_with_its_token_and_its_experts(device):
@@ -242,8 +241,9 @@ def test_the_operators_on_a_gpu(device, tokens):
     case = case_of(tokens, bias=True)
     grad = case.pop("grad")
     leaves = {n: t.to(device).requires_grad_() if n in TENSORS else t.to(device) for n, t in case.items()}
-    for operator in (torch.ops.dsmoe.experts.default, torch.ops.dsmoe.experts_training.default):
-        torch.library.opcheck(operator, (), leaves | attributes())
+    torch.library.opcheck(torch.ops.dsmoe.experts.default, (), leaves | attributes())
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")  # rows of skipped slots hold anything
+    torch.library.opcheck(torch.ops.dsmoe.experts_training.default, (), leaves | attributes(), test_utils=checks)
     torch.ops.dsmoe.experts(**leaves, **attributes()).backward(grad.to(device))
     found = verdicts(case | {"grad": grad}, "silu", "concat", tuple(leaves[name].grad.cpu() for name in TENSORS))
     assert all(verdict.ok for verdict in found.values()), found

@@ -41,7 +41,7 @@ def test_ragged_rows(device, dtype, activation):
 
 
 @ON_GPU
-@pytest.mark.parametrize(("hidden", "width"), [(64, 128), (8, 8), (256, 1104), (1280, 864)])
+@pytest.mark.parametrize(("hidden", "width"), [(64, 128), (40, 24), (256, 1104), (1280, 864)])
 def test_sizes_that_blocks_divide_and_do_not(device, hidden, width):
     """From a ring that one item does not fill to many turns of it."""
     check(device, ragged(hidden=hidden, width=width), PLAN)

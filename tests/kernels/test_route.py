@@ -47,7 +47,7 @@ def complaint(answer, logits, bias, gate, exact_logits=None):
     if (weights.shape, weights.dtype) != (eager_weights.shape, torch.float32) or experts.dtype != torch.int64:
         return f"{tuple(weights.shape)} {weights.dtype}, {experts.dtype}"
     exact_logits = logits.double() if exact_logits is None else exact_logits
-    added = torch.zeros(logits.shape[1]) if bias is None else bias
+    added = logits.new_zeros(logits.shape[1]) if bias is None else bias  # a sum of two rounds to the scores' dtype
     routing = routing_agreement(
         experts,
         eager_experts,

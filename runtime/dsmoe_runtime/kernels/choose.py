@@ -72,6 +72,7 @@ PAIRS_EACH = 64  # 16-bit elements of a thread
 
 VARIED: dict[str, tuple[Any, ...]] = {
     "group": (4, 16), "half": (False, True), "ahead": (256,), "tma_rows": (False,), "resident": (2,),
+    "specialised": (False, True),
 }  # fmt: skip
 
 
@@ -127,6 +128,11 @@ def candidates(shape: Shape, device: Device) -> list[Plan]:
                 plan = Plan(regime, up, down, half=regime == "sorted" and up.block_m >= HALF_FROM)
                 if refusal(shape, plan, device) is None:
                     found[plan] = predict(shape, plan, device)
+    for plan in sorted(found, key=lambda plan: found[plan]):
+        made = replace(plan, specialised=True)
+        if refusal(shape, made, device) is None:  # they have one cut, so they are offered once
+            found[made] = predict(shape, made, device)
+            break
     return sorted(found, key=lambda plan: found[plan])
 
 

@@ -99,7 +99,7 @@ def plan_for(x: Tensor, top_k: int, w: Weights) -> Plan:
 @cache
 def tell_once(reason: str) -> None:
     """To the log."""
-    log.warning("the plan names specialised kernels, and the plain ones run: %s", reason)
+    log.info("the plan names specialised kernels, and the plain ones run: %s", reason)
 
 
 def plan_of_sizes(x: Tensor, top_k: int, w: Weights) -> Plan:

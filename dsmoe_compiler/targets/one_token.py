@@ -1,0 +1,64 @@
+"""A decode step of one sequence on a GPU: each product is a matrix times a vector, and no kernel has much to do.
+
+Read by cuBLAS, the four projections of an attention layer of deepseek-moe-16b reach 1.5 TB/s of 4.8. Written as sums
+they are Inductor's to fuse: queries, keys and values become one kernel, tuned by coordinate descent; and what is done
+to each of them afterwards becomes one kernel, too. Measured on an H200: a step in 0.80 of the time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+OPTIONS: dict[str, Any] = {
+    "coordinate_descent_tuning": True,  # this is also what turns such products into sums
+    "combo_kernels": True,  # independent kernels in one launch, ...
+    "combo_kernels_pointwise_only": True,  # ... but not the sums, which they make slower
+}
+
+
+def options_for(inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Inductor's options for a graph whose first input is the ids `[B, S]`: none unless there is one token, on CUDA."""
+    ids = inputs[0]
+    return dict(OPTIONS) if ids.is_cuda and ids.numel() == 1 else {}
+
+
+def masks_to_float(graph: fx.GraphModule) -> int:
+    """Make masks of attention floats where they are made: each layer would do it for itself. How many calls changed.
+
+    y = scaled_dot_product_attention(q, k, v, mask)
+    ->
+    added = masked_fill(zeros_like(mask, dtype=q.dtype), logical_not(mask), -inf)
+    y = scaled_dot_product_attention(q, k, v, added)
+    """
+    made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    calls = graph.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    changed = 0
+    for call in calls:
+        mask = call.kwargs.get("attn_mask", call.args[3] if len(call.args) > 3 else None)
+        if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+            continue
+        dtype = call.args[0].meta["val"].dtype
+        if (mask, dtype) not in made:
+            with graph.graph.inserting_after(mask):
+                left_out = called(graph, aten.logical_not.default, mask)
+            with graph.graph.inserting_after(left_out):
+                zeros = called(graph, aten.zeros_like.default, mask, dtype=dtype)
+            with graph.graph.inserting_after(zeros):
+                made[mask, dtype] = called(graph, aten.masked_fill.Scalar, zeros, left_out, float("-inf"))
+        call.replace_input_with(mask, made[mask, dtype])
+        changed += 1
+    graph.recompile()
+    return changed
+
+
+def called(graph: fx.GraphModule, target: Any, first: fx.Node, *rest: Any, **options: Any) -> fx.Node:
+    """A new node, with the fake value of its result."""
+    node = graph.graph.call_function(target, (first, *rest), options)
+    values = fx.node.map_arg((first, *rest), lambda n: n.meta["val"])
+    with first.meta["val"].fake_mode:
+        node.meta["val"] = target(*values, **options)
+    return node

@@ -1,0 +1,43 @@
+"""What a decode step of one sequence is told on a GPU; the graph's part of it runs anywhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsmoe_compiler.targets.aoti import accepted
+from dsmoe_compiler.targets.one_token import OPTIONS, masks_to_float, options_for
+
+
+class Twice(nn.Module):
+    """Two layers of attention under one mask."""
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        mask = torch.arange(x.shape[-2]) <= position[:, None]
+        x = F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask) + F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_becomes_float_once(dtype: torch.dtype) -> None:
+    inputs = (torch.randn(1, 2, 5, 8, dtype=dtype), torch.tensor([3]))
+    graph = torch.export.export(Twice(), inputs).module()
+    expected = graph(*inputs)
+    assert masks_to_float(graph) == 2
+    graph.graph.lint()
+    assert [str(n.target) for n in graph.graph.nodes].count("aten.masked_fill.Scalar") == 1
+    assert torch.equal(graph(*inputs), expected)
+    assert masks_to_float(graph) == 0
+
+
+def test_only_one_token_on_cuda_is_told_so() -> None:
+    def ids(count: int, *, is_cuda: bool) -> SimpleNamespace:
+        return SimpleNamespace(is_cuda=is_cuda, numel=lambda: count)
+
+    assert options_for((ids(1, is_cuda=True),)) == OPTIONS
+    assert options_for((ids(2, is_cuda=True),)) == options_for((ids(1, is_cuda=False),)) == {}
+    assert accepted(OPTIONS) == OPTIONS
