@@ -130,9 +130,9 @@ def test_a_tuned_plan_comes_first_and_the_user_s_before_the_package_s(no_tables:
 
 
 def test_a_plan_of_other_tokens_is_taken_if_the_model_likes_it_nearly_as_well(no_tables: Path) -> None:
-    good = replace(choose.choose(replace(SHAPE_16B, tokens=4096), H200), group=4)
-    write(no_tables / "packaged" / "h200.json", Entry(replace(SHAPE_16B, tokens=4096), good, 1, 2))
-    assert choose.choose(replace(SHAPE_16B, tokens=6144), H200) == good
+    good = replace(choose.choose(replace(SHAPE_16B, tokens=3072), H200), group=4)
+    write(no_tables / "packaged" / "h200.json", Entry(replace(SHAPE_16B, tokens=3072), good, 1, 2))
+    assert choose.choose(replace(SHAPE_16B, tokens=4096), H200) == good
     assert choose.choose(replace(SHAPE_16B, tokens=64), H200).up.block_m == 16
 
 

@@ -52,7 +52,7 @@ def test_plans_that_name_them():
 
 
 def test_they_are_chosen_where_an_expert_has_many_rows():
-    """Measured: 5 to 10 % ahead at 1024 and 1536 rows an expert, from 4 % ahead to 2 % behind at 256 and 384: 448 is in between."""
+    """Measured: 5 to 10 % ahead at 1024 and 1536 rows an expert; at 256 and 384 from 4 % ahead to 2 % behind."""
     assert choose(SHAPE, H200).specialised
     assert not choose(replace(SHAPE, tokens=4096), H200).specialised
     assert not choose(replace(SHAPE, tokens=65536, dtype="float32"), H200).specialised
