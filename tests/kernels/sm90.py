@@ -128,12 +128,14 @@ def built(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> dict
     return words | {"registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared}
 
 
-def weights_of(hidden: int, width: int, experts: int, dtype: torch.dtype, layout: str = "concat") -> tuple[Any, ...]:
+def weights_of(
+    hidden: int, width: int, experts: int, dtype: torch.dtype, layout: str = "concat", activation: str = "silu"
+) -> tuple[Any, ...]:
     """gate_up, down, no biases, and the attributes of the operator."""
-    gate_up, down = (experts, 2 * width, hidden), (experts, hidden, width)
+    gate_up, down = (experts, (1 if layout.startswith("ungated") else 2) * width, hidden), (experts, hidden, width)
     made = (torch.empty(s, dtype=dtype, device="meta") for s in (gate_up, down))
-    return (*(t.mT.contiguous() if layout.endswith("_transposed") else t for t in made), None, None, "silu", 1.0, 1.0,
-            layout)  # fmt: skip
+    made = (t.mT.contiguous() if layout.endswith("_transposed") else t for t in made)
+    return (*made, None, None, activation, 1.0, 1.0, layout)
 
 
 def tokens_of(tokens: int, hidden: int, top_k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,10 +204,11 @@ def specialised() -> Iterator[tuple[str, list[Launch]]]:
     yield "16B", [made for made in forward("16B", 4096, plan=SPECIALISED) if made[0] is product_specialised]
     hidden, width, experts, top_k = 1288, 1096, 9, 4
     for activation, dtype in (
-        ("silu", torch.bfloat16), ("silu_clamped", torch.float16), ("swiglu_oai", torch.bfloat16)
+        ("silu", torch.bfloat16), ("silu_clamped", torch.float16), ("swiglu_oai", torch.bfloat16),
+        ("gelu", torch.bfloat16), ("gelu_tanh", torch.bfloat16),
     ):  # fmt: skip
         x, ids, _ = tokens_of(300, hidden, top_k, dtype)
-        w = Weights.of(*weights_of(hidden, width, experts, dtype))._replace(activation=activation)
+        w = Weights.of(*weights_of(hidden, width, experts, dtype, activation=activation))
 
         def keep(x: Tensor = x, ids: Tensor = ids, w: Weights = w) -> None:
             rows = plan_rows(ids, experts, SPECIALISED.up.block_m)
@@ -213,6 +216,20 @@ def specialised() -> Iterator[tuple[str, list[Launch]]]:
             down_sorted(hidden, rows, w, SPECIALISED)
 
         yield f"{activation} {dtype}", [made for made in launches(keep) if made[0] is product_specialised]
+
+
+def others() -> Iterator[tuple[str, list[Launch]]]:
+    """The first half of the experts in every regime, with activations other than silu and with nothing that gates."""
+    hidden, width, experts, top_k = SHAPES["16B"]
+    for layout, activation in (("concat", "gelu"), ("concat", "gelu_tanh"), ("ungated", "gelu"), ("ungated", "relu2")):
+        w = Weights.of(*weights_of(hidden, width, experts, torch.bfloat16, layout, activation))
+        scanning = best(shape_of(16, *SHAPES["16B"], torch.bfloat16), named("H200"))
+        tall = Plan("sorted", Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4), half=True)
+        for tokens, plan in ((1, None), (16, scanning), (512, None), (4096, tall)):
+            given = tokens_of(tokens, hidden, top_k, torch.bfloat16)
+            plan = plan or choose(shape_of(tokens, *SHAPES["16B"], torch.bfloat16), named("H200"))
+            made = launches(lambda given=given, w=w, plan=plan: run(*given, w, plan))
+            yield f"{layout} {activation} T={tokens}", [one for one in made if one[0].__name__.startswith("up_")]
 
 
 def backward() -> Iterator[tuple[str, list[Launch]]]:
@@ -229,7 +246,9 @@ def sweep() -> Iterator[tuple[str, list[Launch]]]:
             yield f"{name} T={tokens} float32", forward(name, tokens, torch.float32)
 
 
-PARTS = {"forward": inference, "specialised": specialised, "training": backward, "sweep": sweep}
+PARTS = {
+    "forward": inference, "specialised": specialised, "others": others, "training": backward, "sweep": sweep
+}  # fmt: skip
 
 
 def main(part: str) -> None:

@@ -15,15 +15,24 @@ from dsmoe_runtime.kernels.experts_training import experts_training
 from dsmoe_runtime.kernels.launch import INTERPRETED
 from dsmoe_runtime.kernels.plan import Tile
 from dsmoe_runtime.kernels.plan_backward import HALF, BackwardPlan
-from dsmoe_runtime.ops.activation import activate
+from dsmoe_runtime.ops.activation import activate, halves
 from dsmoe_runtime.ops.experts_backward import experts_backward as rule
 from dsmoe_runtime.ops.experts_training import keep
 from tests.kernels.cases import widened
-from tests.runtime.op_cases import ALPHA, LAYOUTS, LIMIT, attributes, exact, expert_case, laid_out, normal
+from tests.runtime.op_cases import (
+    ALPHA,
+    COMBINATIONS,
+    LAYOUTS,
+    LIMIT,
+    attributes,
+    exact,
+    expert_case,
+    laid_out,
+    normal,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-ACTIVATIONS = ("silu", "silu_clamped", "swiglu_oai")
 SMALL = BackwardPlan(*4 * (Tile(16, 32, 32, 4, 2),), group=2, half=False)
 TENSORS = ("x", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
 SIZES = {"hidden": 40, "width": 24, "num_experts": 5, "top_k": 3}
@@ -65,8 +74,7 @@ def eager(case, activation, layout):
         tokens, ks = (case["experts"] == e).nonzero(as_tuple=True)
         bias = [None if leaf[n] is None else leaf[n][e] for n in ("gate_up_bias", "down_bias")]
         joint = F.linear(leaf["x"][tokens], gate_up[e], bias[0])
-        pair = (joint[:, ::2], joint[:, 1::2]) if layout.startswith("interleaved") else joint.chunk(2, dim=1)
-        answers = F.linear(activate(*pair, activation, ALPHA, LIMIT), down[e], bias[1])
+        answers = F.linear(activate(*halves(joint, layout), activation, ALPHA, LIMIT), down[e], bias[1])
         y = y.index_add(0, tokens, answers * leaf["weights"][tokens, ks, None].to(y.dtype))
     used = [t for t in leaf.values() if t is not None]
     grads = iter(torch.autograd.grad(y, used, case["grad"], materialize_grads=True))
@@ -96,11 +104,11 @@ def check(device, case, activation="silu", layout="concat", plan=None):
         assert verdict.ok, f"{name}: {verdict}"
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("activation", "layout"), COMBINATIONS)
 def test_every_activation_and_layout(device, activation, layout):
     """Each of both with biases and without."""
-    bias = (ACTIVATIONS.index(activation) + LAYOUTS.index(layout)) % 2 == 1
+    place = COMBINATIONS.index((activation, layout))
+    bias = (place + place // 4) % 2 == 1
     check(device, case_of(7, layout=layout, bias=bias), activation, layout)
 
 
@@ -110,6 +118,8 @@ def test_every_activation_and_layout(device, activation, layout):
         (torch.bfloat16, "silu", "concat", False),
         (torch.float16, "swiglu_oai", "interleaved", True),
         (torch.bfloat16, "silu_clamped", "concat_transposed", True),
+        (torch.bfloat16, "relu2", "ungated", True),
+        (torch.float16, "gelu_tanh", "concat", False),
     ],
 )
 def test_half_precision(device, dtype, activation, layout, bias):
@@ -212,7 +222,9 @@ def test_a_planted_fault_is_seen(device, fault):
     assert not found["gate_up"].ok
 
 
-@pytest.mark.parametrize(("tokens", "layout"), [(0, "concat"), (1, "interleaved_transposed"), (7, "concat")])
+@pytest.mark.parametrize(
+    ("tokens", "layout"), [(0, "concat"), (1, "interleaved_transposed"), (7, "concat"), (0, "ungated"), (7, "ungated")]
+)
 def test_the_training_forward_keeps_what_the_rule_keeps(device, layout, tokens):
     """Rows that belong to an expert, that is; then a backward without any of it computes it again."""
     case = case_of(tokens, layout=layout, bias=True)

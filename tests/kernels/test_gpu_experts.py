@@ -53,6 +53,17 @@ def test_every_regime_and_dtype(device, regime, dtype, layout, activation, bias)
 
 
 @ON_GPU
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    ("activation", "layout"), [("gelu", "concat"), ("gelu_tanh", "concat"), ("relu2", "ungated"), ("gelu", "ungated")]
+)
+def test_activations_that_the_oracle_has_not(device, activation, layout, regime):
+    for dtype in DTYPES:
+        case = case_of(7, "aligned", layout=layout, bias=dtype != torch.bfloat16, dtype=dtype)
+        check(device, case, plan_of(regime, dtype), activation, layout)
+
+
+@ON_GPU
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_kind_of_tile(device, cut):
     for tokens in TOKENS:

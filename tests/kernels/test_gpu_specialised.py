@@ -34,7 +34,7 @@ def ragged(dtype: torch.dtype = torch.bfloat16, **sizes: int) -> dict[str, torch
 
 
 @ON_GPU
-@pytest.mark.parametrize("activation", ["silu", "silu_clamped", "swiglu_oai"])
+@pytest.mark.parametrize("activation", ["silu", "silu_clamped", "swiglu_oai", "gelu", "gelu_tanh", "relu", "relu2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ragged_rows(device, dtype, activation):
     check(device, ragged(dtype), PLAN, activation)

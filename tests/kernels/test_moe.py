@@ -40,7 +40,7 @@ def forced(x: torch.Tensor, arguments: Any, experts: torch.Tensor) -> torch.Tens
     y = experts_rule(x.double(), experts, weights_of(logits, experts, exact[4], *exact[8:11]), *exact[12:20])
     gate_up, down, gate = exact[20:]
     if gate_up is not None:
-        shared = mlp(x.double(), gate_up, down, None, None, *exact[16:19], interleaved=False)
+        shared = mlp(x.double(), gate_up, down, None, None, *exact[16:19], False, not exact[19].startswith("ungated"))
         y = y + (shared if gate is None else shared * (x.double() @ gate.T).sigmoid())
     return y
 
@@ -128,6 +128,21 @@ def test_shared_experts_that_cannot_be_slices(device, kind, plan, monkeypatch):
     elif kind == "no slices":
         arguments[20:22] = weight(62, 40, seed=7), weight(40, 31, seed=8)
     assert not complaint(run(device, x, arguments, plan, monkeypatch), x, arguments)
+
+
+@IN_INTERPRETER
+@pytest.mark.parametrize(("plan", "gate"), [("pairs", False), ("sorted", True)])
+def test_a_layer_without_gates(device, plan, gate, monkeypatch):
+    """Two shared experts: slices in the launches of pairs, and beside those of sorted, there with a sigmoid."""
+    x, arguments = normal(3, 40, seed=9), list(arguments_of())
+    arguments[12:20] = [arguments[12][:, :24].contiguous(), arguments[13], None, None, "relu2", 0.0, 0.0, "ungated"]
+    arguments[20] = arguments[20][:48].contiguous()
+    if gate:
+        arguments[SHARED_GATE] = weight(1, 40, seed=6)
+    answer = run(device, x, arguments, plan, monkeypatch)
+    assert not complaint(answer, x, arguments)
+    arguments[20] = arguments[20].flip(0)  # a planted fault
+    assert "off by" in complaint(answer, x, arguments)
 
 
 @IN_INTERPRETER

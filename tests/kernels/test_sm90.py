@@ -80,6 +80,20 @@ def test_the_forward():
 
 
 @pytest.mark.slow
+def test_other_activations_and_nothing_that_gates():
+    """No spills either; without a gate half the products and fewer registers."""
+    built = build("others")
+    assert {found["kernel"] for found in built} == {"up_pairs", "up_scan", "up_sorted"}
+    wrong = {f"{found['kernel']} of {found['name']}": reasons for found in built if (reasons := complaints(found))}
+    assert not wrong, wrong
+    figures = {found["name"]: found for found in built}
+    for tokens in (1, 16, 512, 4096):
+        with_gate, without = (figures[f"{layout} gelu T={tokens}"] for layout in ("concat", "ungated"))
+        assert without["registers"] < with_gate["registers"]
+        assert 2 * (without["HGMMA"] + without["HMMA"]) == with_gate["HGMMA"] + with_gate["HMMA"]
+
+
+@pytest.mark.slow
 def test_training():
     built = build("training")
     assert {found["kernel"] for found in built} >= launched(training=True)

@@ -25,7 +25,7 @@ def test_machine_code():
     built = build("specialised")
     assert {found["kernel"] for found in built} == {"product_specialised"}
     # Of down in two dtypes and as 16B has it; of up eight copies, and the arrival that they trigger.
-    assert sorted(found["LDGSTS"] for found in built) == [0, 0, 0, 9, 9, 9, 9]
+    assert sorted(found["LDGSTS"] for found in built) == [0, 0, 0, 9, 9, 9, 9, 9, 9]
     for found in built:
         assert found["stack"] <= MOST_STACK, found
         assert found["LDL"] + found["STL"] <= MOST_STACK // 2, found
@@ -34,7 +34,8 @@ def test_machine_code():
         assert found["UTMALDG"] == (2 if found["LDGSTS"] else 4), found
         gathers = bool(found["LDGSTS"])
         assert found["ARRIVES.LDGSTSBAR.64.ARVCNT"] == gathers, found  # noinc, as the barrier is counted
-        assert found["FENCE.VIEW.ASYNC"] == 1 + 2 * gathers, found  # of the barriers, and of each consumer
+        fences = found["FENCE.VIEW.ASYNC"] - 2 * gathers  # one of each consumer, and
+        assert fences in (1, 4), found  # of the barriers of all stages together, or of each stage's
 
 
 def test_plans_that_name_them():
@@ -82,7 +83,7 @@ def test_what_they_cannot_take(monkeypatch):
     def asked(
         layout: str = "concat", x: torch.Tensor | None = None, bias: bool = False, width: int = width, dtype=half
     ) -> str:
-        shapes = [(n_experts, 2 * width, hidden), (n_experts, hidden, width)]
+        shapes = [(n_experts, (1 if layout == "ungated" else 2) * width, hidden), (n_experts, hidden, width)]
         made = [torch.empty(s, dtype=dtype) for s in shapes]
         if layout.endswith("_transposed"):
             made = [t.mT.contiguous() for t in made]
@@ -93,6 +94,7 @@ def test_what_they_cannot_take(monkeypatch):
     assert asked() == "None"
     assert asked(x=torch.empty(8, 3 * hidden, dtype=half)[:, :hidden]) == "None"
     assert "interleaved" in asked("interleaved")
+    assert "nothing gates" in asked("ungated")
     assert "strides" in asked("concat_transposed")
     assert "biases" in asked(bias=True)
     assert "down has strides" in asked(width=20)

@@ -6,13 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import dsmoe_runtime.ops  # noqa: F401  (registers them)
 from dsmoe_model.config import ModelConfig
 from dsmoe_model.moe import MoE
 
 LAYOUTS = ("concat", "interleaved", "concat_transposed", "interleaved_transposed")
-ACTIVATIONS = ("silu", "silu_clamped", "swiglu_oai")
+ACTIVATIONS = ("silu", "silu_clamped", "swiglu_oai")  # those of the oracle
+# (activation, layout): the oracle's with each layout, the others and experts without a gate once or twice each
+COMBINATIONS = [
+    *((activation, layout) for activation in ACTIVATIONS for layout in LAYOUTS),
+    ("gelu", "concat"), ("gelu_tanh", "concat"), ("relu", "concat_transposed"), ("relu2", "interleaved"),
+    ("gelu_tanh", "interleaved_transposed"),
+    ("silu", "ungated_transposed"), ("gelu", "ungated"), ("gelu_tanh", "ungated_transposed"),
+    ("relu", "ungated"), ("relu2", "ungated"), ("relu2", "ungated_transposed"),
+]  # fmt: skip
 ALPHA, LIMIT = 1.702, 0.9  # a limit that cuts
 
 GATES: dict[str, dict[str, Any]] = {
@@ -82,9 +91,11 @@ def layer_of(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int 
 
 
 def in_layout(gate_up: Tensor, down: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """The same experts, given as "concat", in another layout."""
+    """The same experts, given as "concat", in another layout; ungated: those that have the gates alone."""
     if layout.startswith("interleaved"):
         gate_up = torch.stack(gate_up.chunk(2, dim=1), dim=2).flatten(1, 2)
+    elif layout.startswith("ungated"):
+        gate_up = gate_up[:, : gate_up.shape[1] // 2].contiguous()
     if layout.endswith("_transposed"):
         gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
     return gate_up, down
@@ -116,8 +127,16 @@ def slot_by_slot(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
     activation: str,
+    layout: str = "concat",
 ) -> Tensor:
-    """dsmoe::experts written as naively as can be, for layout "concat", in x's dtype: one slot after the other."""
+    """dsmoe::experts written as naively as can be, for weights in "concat", in x's dtype: one slot after the other.
+
+    An ungated layout: the gates alone.
+    """
+    functions = {
+        "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+        "relu": F.relu, "relu2": lambda g: F.relu(g) * F.relu(g),
+    }  # fmt: skip
     rows = []
     for x_H, ids_K, weights_K in zip(x, experts.tolist(), weights, strict=True):
         y_H = torch.zeros_like(x_H)
@@ -126,8 +145,9 @@ def slot_by_slot(
                 continue
             joint = gate_up[expert] @ x_H + (0 if gate_up_bias is None else gate_up_bias[expert])
             gate, up = joint.chunk(2)
-            if activation == "silu":
-                hidden = gate * torch.sigmoid(gate) * up
+            if activation in ("silu", *functions):
+                up = torch.ones_like(up) if layout.startswith("ungated") else up
+                hidden = (functions[activation](gate) if activation != "silu" else gate * torch.sigmoid(gate)) * up
             else:
                 gate, up = torch.minimum(gate, gate.new_tensor(LIMIT)), torch.clip(up, -LIMIT, LIMIT)
                 oai = activation == "swiglu_oai"
@@ -168,6 +188,8 @@ def laid_out(case: dict[str, Any], layout: str) -> dict[str, Any]:
     bias = case["gate_up_bias"]
     if bias is not None and layout.startswith("interleaved"):
         bias = torch.stack(bias.chunk(2, dim=1), dim=2).flatten(1)
+    elif bias is not None and layout.startswith("ungated"):
+        bias = bias.chunk(2, dim=1)[0].contiguous()
     return case | {"gate_up": gate_up, "down": down, "gate_up_bias": bias}
 
 

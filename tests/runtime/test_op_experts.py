@@ -8,8 +8,7 @@ import torch
 from dsmoe_runtime.agreement import assert_within_budget
 from dsmoe_runtime.errors import ConfigError, InputError
 from tests.runtime.op_cases import (
-    ACTIVATIONS,
-    LAYOUTS,
+    COMBINATIONS,
     attributes,
     exact,
     expert_case,
@@ -23,14 +22,13 @@ from tests.runtime.op_cases import (
 def check(case, activation="silu", layout="concat"):
     """Within twice the error of the slot loop in the same dtype; returns the result."""
     y = run(laid_out(case, layout), activation, layout)
-    eager = slot_by_slot(**case, activation=activation).to(y.dtype)
-    assert_within_budget(y, eager=eager, exact=slot_by_slot(**exact(case), activation=activation))
+    eager = slot_by_slot(**case, activation=activation, layout=layout).to(y.dtype)
+    assert_within_budget(y, eager=eager, exact=slot_by_slot(**exact(case), activation=activation, layout=layout))
     return y
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("activation", "layout"), COMBINATIONS)
 def test_agrees_with_the_slot_loop(dtype, activation, layout):
     case = expert_case(20, num_experts=8, bias=True, dtype=dtype)
     y = check(case, activation, layout)
@@ -237,7 +235,19 @@ def test_output_is_new_memory_and_inputs_stay(tokens):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"activation": "gelu"}, ConfigError, "activation is 'gelu'; it must be one of silu"),
+        ({"activation": "mish"}, ConfigError, "activation is 'mish'; it must be one of silu"),
+        (
+            {"activation": "swiglu_oai", "layout": "ungated"},
+            ConfigError,
+            "'swiglu_oai', which wants gate and up, and layout 'ungated' has one projection; .* one of silu, gelu",
+        ),
+        ({"layout": "ungated"}, InputError, r"down is \(12, 42, 27\); gate_up .* 'ungated' want \(12, 42, 54\)"),
+        ({"layout": "ungated_transposed"}, InputError, r"gate_up is \(12, 54, 42\).*'ungated_transposed'"),
+        (
+            {"layout": "ungated", "down": normal(12, 42, 54, seed=0), "gate_up_bias": normal(12, 27, seed=0)},
+            InputError,
+            r"gate_up_bias is \(12, 27\); gate_up and layout 'ungated' want \(12, 54\)",
+        ),
         ({"layout": "packed"}, ConfigError, "layout is 'packed'; it must be one of concat"),
         ({"x": normal(7, 41, seed=0)}, InputError, r"gate_up is \(12, 54, 42\); x \(7, 41\)"),
         ({"layout": "concat_transposed"}, InputError, r"gate_up is \(12, 54, 42\).*'concat_transposed'"),

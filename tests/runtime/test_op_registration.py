@@ -9,9 +9,8 @@ from torch.autograd import gradcheck
 from dsmoe_runtime.errors import CaptureError
 from dsmoe_runtime.ops.experts_training import keep
 from tests.runtime.op_cases import (
-    ACTIVATIONS,
+    COMBINATIONS,
     GATES,
-    LAYOUTS,
     attributes,
     exact,
     expert_case,
@@ -43,13 +42,16 @@ def test_opcheck_route(tokens):
     torch.library.opcheck(torch.ops.dsmoe.route_backward.default, backward)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 5])
-@pytest.mark.parametrize("layout", ["concat", "interleaved_transposed"])
-def test_opcheck_experts(tokens, layout):
+@pytest.mark.parametrize(
+    ("layout", "activation", "tokens"),
+    [*((layout, "silu", t) for layout in ("concat", "interleaved_transposed") for t in (0, 1, 5)),
+     ("ungated", "relu2", 5)],
+)  # fmt: skip
+def test_opcheck_experts(layout, activation, tokens):
     case = laid_out(expert_case(tokens, bias=layout != "concat"), layout)
-    torch.library.opcheck(torch.ops.dsmoe.experts.default, (), leaves(case) | attributes("silu", layout))
-    torch.library.opcheck(torch.ops.dsmoe.experts_training.default, (), leaves(case) | attributes("silu", layout))
-    backward = {"grad": case["x"]} | case | attributes("silu", layout)
+    torch.library.opcheck(torch.ops.dsmoe.experts.default, (), leaves(case) | attributes(activation, layout))
+    torch.library.opcheck(torch.ops.dsmoe.experts_training.default, (), leaves(case) | attributes(activation, layout))
+    backward = {"grad": case["x"]} | case | attributes(activation, layout)
     kept = keep(case["x"], case["experts"], case["gate_up"], case["gate_up_bias"], layout)
     for weight_grads, saved in ((False, ()), (True, ()), (True, kept)):
         backward |= {"weight_grads": weight_grads} | dict(zip(("joint", "slots", "offsets"), saved, strict=False))
@@ -71,8 +73,7 @@ def test_opcheck_moe(tokens, shared):
         torch.library.opcheck(operator, inputs)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("activation", "layout"), COMBINATIONS)
 def test_gradcheck_experts(activation, layout):
     """Against finite differences in float64; one slot is skipped and gets no gradient."""
     case = laid_out(exact(expert_case(4, hidden=5, width=3, num_experts=4, top_k=2, bias=True)), layout)

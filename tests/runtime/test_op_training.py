@@ -10,9 +10,8 @@ from dsmoe_runtime.agreement import row_error
 from dsmoe_runtime.ops.experts_training import keep
 from dsmoe_runtime.ops.moe_training import composed
 from tests.runtime.op_cases import (
-    ACTIVATIONS,
+    COMBINATIONS,
     GATES,
-    LAYOUTS,
     attributes,
     exact,
     expert_case,
@@ -41,8 +40,7 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("activation", "layout"), COMBINATIONS)
 def test_gradients_from_what_is_kept_are_those_computed_again(activation, layout):
     """In float64, with skipped slots and an expert without any."""
     case = exact(laid_out(expert_case(20, num_experts=6, bias=True), layout))
@@ -55,7 +53,7 @@ def test_gradients_from_what_is_kept_are_those_computed_again(activation, layout
         assert (row_error(actual, expected)[expected.reshape(-1, expected.shape[-1]).any(dim=-1)] < 64 * EPS).all()
     # And it is used: a planted fault in joint shows.
     wrong = torch.ops.dsmoe.experts_backward(**inputs, weight_grads=True, joint=joint * 1.02)
-    assert row_error(wrong[0], again[0]).max() > 1e-3
+    assert row_error(wrong[1], again[1]).max() > 1e-3  # relu's slope, and with it the rest, is the same
 
 
 def test_what_is_kept_is_in_the_order_of_the_experts():

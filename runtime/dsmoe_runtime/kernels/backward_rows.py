@@ -22,7 +22,7 @@ ROWS = 4  # that a program of `back_through_activation` takes
 
 @dataclass(frozen=True)
 class Saved:
-    """What the forward kept: joint `[P, 2I]`, not activated, in the order of the slots of `kernels.dispatch`."""
+    """What the forward kept: joint `[P, 2I]`, ungated `[P, I]`, not activated, its rows in the order of slots."""
 
     joint: Tensor
     slots: Tensor
@@ -74,7 +74,7 @@ def back_through_activation(
     activation: tuple[str, float, float, bool],
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """grad_joint `[P, 2I]`, and `<grad_hidden, hidden>` `[P]`, in float32.
+    """grad_joint, as wide as joint, and `<grad_hidden, hidden>` `[P]`, in float32.
 
     activation: its name, alpha, limit, and whether gate and up are interleaved. keep_hidden: the hidden state, times
     the routing weights, is written over grad_hidden `[P, I]`.
@@ -86,7 +86,8 @@ def back_through_activation(
     launch(
         dgrad.through_activation, (triton.cdiv(n_slots, ROWS),),
         grad_hidden, saved.joint, weights, saved.slots, saved.offsets, grad_joint, products, alpha, limit,
-        WIDTH=width, EXPERTS=saved.num_experts, ACTIVATION=name, INTERLEAVED=interleaved, KEEP_HIDDEN=keep_hidden,
+        WIDTH=width, EXPERTS=saved.num_experts,
+        ACTIVATION=name, GATED=saved.joint.shape[1] != width, INTERLEAVED=interleaved, KEEP_HIDDEN=keep_hidden,
         ROWS=ROWS, BLOCK=min(512, triton.next_power_of_2(width)), PDL=pdl, num_warps=4, pdl=pdl,
     )  # fmt: skip
     return grad_joint, products

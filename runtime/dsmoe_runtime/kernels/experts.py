@@ -29,7 +29,7 @@ class Weights(NamedTuple):
     """Expert weights as the kernels read them, from any layout of the operator; `shared` slices if n_shared > 0.
 
     gate_up, down: seen as `[E, 2I, H]` and `[E, H, I]`, any strides. Gate i is row `i * gate_step`, up i
-    `up_offset + i * gate_step`.
+    `up_offset + i * gate_step`. up_offset 0: nothing gates, gate_up is `[E, I, H]`.
     """
 
     gate_up: Tensor
@@ -66,6 +66,8 @@ class Weights(NamedTuple):
         if layout.endswith("_transposed"):
             gate_up, down = gate_up.mT, down.mT
         step, offset = (2, 1) if layout.startswith("interleaved") else (1, down.shape[2])
+        if layout.startswith("ungated"):
+            offset = 0
         return cls(gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, step, offset)
 
 
@@ -203,13 +205,13 @@ def run_scan(x: Tensor, experts: Tensor, w: Weights, plan: Plan) -> Tensor:
 def up_sorted(
     x: Tensor, rows: Rows, top_k: int, w: Weights, plan: Plan, save_joint: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`hidden [P, I]` in sorted order, and `joint [P, 2I]`, before the activation, if asked for."""
+    """`hidden [P, I]` in sorted order, and `joint [P, 2I]` (ungated `[P, I]`), before the activation, if asked for."""
     if plan.specialised:
         return specialised.up(x, rows, top_k, w, save_joint)
     tokens, hidden_size = x.shape
     n_slots, num_experts, pdl = tokens * top_k, w.gate_up.shape[0], chained(x.device)
     hidden = x.new_empty((n_slots, w.width))
-    joint = x.new_empty((n_slots, 2 * w.width)) if save_joint else None
+    joint = x.new_empty((n_slots, w.gate_up.shape[1])) if save_joint else None
     tma = by_tma(w.gate_up) and w.gate_step == 1
     weight = descriptor(w.gate_up, [1, plan.up.block_n, plan.up.block_k]) if tma else w.gate_up
     launch(

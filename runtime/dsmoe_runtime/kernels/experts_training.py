@@ -42,11 +42,11 @@ def experts_training(
 
 
 def keep(x: Tensor, experts: Tensor, w: Weights) -> tuple[Tensor, Tensor, Rows]:
-    """hidden `[P, I]` and joint `[P, 2I]` in the order of rows, and the rows."""
+    """hidden `[P, I]` and joint `[P, 2I]`, ungated `[P, I]`, in the order of rows, and the rows."""
     plan, experts = plan_training(x, experts.shape[1], w), experts.contiguous()
     rows = plan_rows(experts, w.gate_up.shape[0], plan.up.block_m)
     if experts.numel() == 0:
-        return x.new_empty((0, w.width)), x.new_empty((0, 2 * w.width)), rows
+        return x.new_empty((0, w.width)), x.new_empty((0, w.gate_up.shape[1])), rows
     hidden, joint = up_sorted(
         x if x.stride(1) == 1 else x.contiguous(), rows, experts.shape[1], w, plan, save_joint=True
     )

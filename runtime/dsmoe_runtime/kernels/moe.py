@@ -73,7 +73,10 @@ def sliceable(w: Weights, shared_down: Tensor) -> bool:
 def shared_experts(
     x: Tensor, shared_gate_up: Tensor, shared_down: Tensor, activation: str, alpha: float, limit: float
 ) -> Tensor:
-    """`[T, H]`: the shared experts as one dense MLP, its two products by the vendor's library."""
+    """`[T, H]`: the shared experts as one dense MLP, its two products by the vendor's library.
+
+    shared_gate_up is `[2S, H]`, or `[S, H]` where nothing gates.
+    """
     joint = F.linear(x, shared_gate_up)
     tokens, width = x.shape[0], shared_down.shape[1]
     hidden = x.new_empty((tokens, width))
@@ -81,6 +84,7 @@ def shared_experts(
         block, pdl = min(1024, triton.next_power_of_2(width)), chained(x.device)
         launch(
             gated, (tokens, triton.cdiv(width, block)), joint, hidden, alpha, limit,
-            WIDTH=width, ACTIVATION=activation, BLOCK=block, PDL=pdl, num_warps=4, pdl=pdl,
+            WIDTH=width, GATED=joint.shape[1] != width, ACTIVATION=activation, BLOCK=block, PDL=pdl,
+            num_warps=4, pdl=pdl,
         )  # fmt: skip
     return F.linear(hidden, shared_down)

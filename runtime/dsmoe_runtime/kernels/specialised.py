@@ -31,6 +31,8 @@ def refusal(x: Tensor, w: Weights) -> str | None:
         return f"x, gate_up and down are {x.dtype}, {w.gate_up.dtype} and {w.down.dtype}, not the same 16 bits"
     if w.gate_up_bias is not None or w.down_bias is not None:
         return "they add no biases"
+    if w.up_offset == 0:
+        return "nothing gates: they multiply by gate and up side by side"
     if w.gate_step != 1:
         return "gate and up are interleaved"
     for name, weight in (("gate_up", w.gate_up), ("down", w.down)):

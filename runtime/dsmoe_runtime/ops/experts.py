@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from dsmoe_runtime.errors import ConfigError, InputError
-from dsmoe_runtime.ops.activation import ACTIVATIONS
+from dsmoe_runtime.ops.activation import check_activation, has_gate
 from dsmoe_runtime.ops.cuda import register_cuda
 from dsmoe_runtime.ops.library import register, register_training
 from dsmoe_runtime.ops.mlp import mlp
 
-LAYOUTS = ("concat", "interleaved", "concat_transposed", "interleaved_transposed")
+LAYOUTS = (
+    "concat", "interleaved", "concat_transposed", "interleaved_transposed", "ungated", "ungated_transposed",
+)  # fmt: skip
 
 
 def check_experts(
@@ -27,18 +29,18 @@ def check_experts(
     layout: str,
 ) -> None:
     """Refuse expert weights that do not fit each other or the tokens, with both values."""
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
     if layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+    check_activation(activation, layout)
     if x.dim() != 2 or gate_up.dim() != 3 or down.dim() != 3:
         raise InputError(
             f"x, gate_up and down must have 2, 3 and 3 dimensions, not {x.dim()}, {gate_up.dim()}, {down.dim()}"
         )
     hidden, (num_experts, rows, columns) = x.shape[1], gate_up.shape
     transposed = layout.endswith("_transposed")
-    width = (columns if transposed else rows) // 2
-    wanted = (num_experts, hidden, 2 * width) if transposed else (num_experts, 2 * width, hidden)
+    parts = 2 if has_gate(layout) else 1
+    width = (columns if transposed else rows) // parts
+    wanted = (num_experts, hidden, parts * width) if transposed else (num_experts, parts * width, hidden)
     if gate_up.shape != wanted:
         raise InputError(f"gate_up is {tuple(gate_up.shape)}; x {tuple(x.shape)} and layout {layout!r} want {wanted}")
     wanted = (num_experts, width, hidden) if transposed else (num_experts, hidden, width)
@@ -46,8 +48,11 @@ def check_experts(
         raise InputError(
             f"down is {tuple(down.shape)}; gate_up {tuple(gate_up.shape)} and layout {layout!r} want {wanted}"
         )
-    if gate_up_bias is not None and gate_up_bias.shape != (num_experts, 2 * width):
-        raise InputError(f"gate_up_bias is {tuple(gate_up_bias.shape)}; gate_up wants {(num_experts, 2 * width)}")
+    if gate_up_bias is not None and gate_up_bias.shape != (num_experts, parts * width):
+        raise InputError(
+            f"gate_up_bias is {tuple(gate_up_bias.shape)}; "
+            f"gate_up and layout {layout!r} want {(num_experts, parts * width)}"
+        )
     if down_bias is not None and down_bias.shape != (num_experts, hidden):
         raise InputError(f"down_bias is {tuple(down_bias.shape)}; down wants {(num_experts, hidden)}")
     if not x.is_floating_point():
@@ -112,9 +117,11 @@ def experts(
         experts: `[T, K]` int64 or int32; a slot whose id is outside `[0, E)` is skipped, whatever its weight.
         weights: `[T, K]`, floating point.
         gate_up: layout "concat" `[E, 2I, H]`, the gate's rows first; "interleaved" `[E, 2I, H]`, its rows the even
-            ones; "concat_transposed" and "interleaved_transposed" `[E, H, 2I]`, the same on columns.
+            ones; "ungated" `[E, I, H]`, no gate: the hidden state is the activation of the one projection;
+            "concat_transposed", "interleaved_transposed", "ungated_transposed" `[E, H, 2I]` or `[E, H, I]`, the same
+            on columns.
         down: `[E, H, I]`, or `[E, I, H]` for the transposed layouts.
-        gate_up_bias, down_bias: `[E, 2I]`, in the order of gate_up's rows, and `[E, H]`, or None.
+        gate_up_bias, down_bias: `[E, 2I]` or `[E, I]`, in the order of gate_up's rows, and `[E, H]`, or None.
         activation, alpha, limit: see `dsmoe_runtime.ops.activation`.
 
     Returns `[T, H]` in x's dtype, never a view of an input. Slots are summed in float32 (float64 for float64), each
@@ -142,7 +149,6 @@ def run_experts(
     """`experts` without its checks and its last rounding: `[T, H]` in the accumulation dtype."""
     if layout.endswith("_transposed"):
         gate_up, down = gate_up.mT, down.mT
-    interleaved = layout.startswith("interleaved")
     slots, parts = dispatch(experts, gate_up.shape[0])
     tokens = slots.div(max(1, experts.shape[1]), rounding_mode="floor")
     answers = x.new_empty((len(slots), x.shape[1]), dtype=accumulation_dtype(x))
@@ -157,7 +163,8 @@ def run_experts(
             activation,
             alpha,
             limit,
-            interleaved,
+            interleaved=layout.startswith("interleaved"),
+            gated=has_gate(layout),
         )
     return combine(answers, slots, weights)
 

@@ -6,7 +6,7 @@ T tokens, H hidden size, E experts, I expert width, K experts per token, N = T K
 import torch
 from torch import Tensor
 
-from dsmoe_runtime.ops.activation import activate, activate_backward
+from dsmoe_runtime.ops.activation import activate, activate_backward, halves, joined
 from dsmoe_runtime.ops.cuda import register_cuda
 from dsmoe_runtime.ops.experts import ARGUMENTS, accumulation_dtype, dispatch
 from dsmoe_runtime.ops.library import refuse_second_backward, register
@@ -60,7 +60,7 @@ def experts_backward(
             joint_n2I = x_nH @ gate_up_e.T
             if gate_up_bias is not None:
                 joint_n2I = joint_n2I + gate_up_bias[expert].to(acc)
-        gate_nI, up_nI = _split_gate_up(joint_n2I, layout)
+        gate_nI, up_nI = halves(joint_n2I, layout)
         hidden_nI = activate(gate_nI, up_nI, activation, alpha, limit)
 
         grad_hidden_nI = grad_nH @ down_e
@@ -70,7 +70,7 @@ def experts_backward(
         grad_gate_nI, grad_up_nI = activate_backward(
             grad_hidden_nI * weight_n1, gate_nI, up_nI, activation, alpha, limit
         )
-        grad_joint_n2I = _join_gate_up(grad_gate_nI, grad_up_nI, layout)
+        grad_joint_n2I = joined(grad_gate_nI, grad_up_nI, layout)
         grad_x_NH[slots_n] = grad_joint_n2I @ gate_up_e
         if weight_grads:
             grad_answer_nH = grad_nH * weight_n1
@@ -88,23 +88,8 @@ def experts_backward(
     return grad_x.to(x.dtype), grad_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
 
 
-def _split_gate_up(hidden: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Gate and up, views of the joint projection `[..., 2I]`."""
-    if layout.startswith("interleaved"):
-        return hidden[..., 0::2], hidden[..., 1::2]
-    width = hidden.shape[-1] // 2
-    return hidden[..., :width], hidden[..., width:]
-
-
 def _zeros_for(bias: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
     return x.new_zeros(bias.shape) if bias is not None and wanted else x.new_empty(0)
-
-
-def _join_gate_up(gate: Tensor, up: Tensor, layout: str) -> Tensor:
-    """`[..., 2I]`: the inverse of `_split_gate_up`."""
-    if layout.startswith("interleaved"):
-        return torch.stack((gate, up), dim=-1).flatten(-2)
-    return torch.cat((gate, up), dim=-1)
 
 
 def _experts_backward_fake(

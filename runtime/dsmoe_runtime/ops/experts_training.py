@@ -31,10 +31,10 @@ def experts_training(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rule of dsmoe::experts_training: y as `experts` has it, then joint, slots and offsets.
 
-    joint `[P, 2I]`, in x's dtype: gate and up before the activation, in the order of gate_up's rows; row r is that of
-    slot `slots[r]` (`t * K + k`). slots `[P]` int32: sorted by expert, ascending within one, skipped slots left out, so
-    the end of both is undefined. offsets `[E + 1]` int32: where each expert's slots start. On the CPU these three are
-    empty: there joint costs less to compute again than to keep.
+    joint `[P, 2I]`, ungated `[P, I]`, in x's dtype: gate and up before the activation, in the order of gate_up's rows;
+    row r is that of slot `slots[r]` (`t * K + k`). slots `[P]` int32: sorted by expert, ascending within one, skipped
+    slots left out, so the end of both is undefined. offsets `[E + 1]` int32: where each expert's slots start. On the
+    CPU these three are empty: there joint costs less to compute again than to keep.
     """
     y = experts(x, experts_TK, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout)
     joint, slots, offsets = empty_kept(x, experts_TK, gate_up, layout)

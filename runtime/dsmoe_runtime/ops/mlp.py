@@ -1,4 +1,4 @@
-"""One gated MLP, an expert or the shared experts, in the spelling that plain torch runs fastest on a CPU.
+"""One MLP, an expert or the shared experts, in the spelling that plain torch runs fastest on a CPU.
 
 Tokens are columns inside: `weight [N, K] @ x^T [K, M]` reads the weight once, row by row, and gate and up are blocks of
 rows. M tokens, H hidden size, I width.
@@ -25,12 +25,18 @@ def mlp(
     alpha: float,
     limit: float,
     interleaved: bool,
+    gated: bool = True,
 ) -> Tensor:
-    """`[M, H]` from x `[M, H]`, gate_up `[2I, H]`, down `[H, I]`; in x's dtype, or wider where that is faster."""
+    """`[M, H]` from x `[M, H]`, gate_up `[2I, H]`, down `[H, I]`; in x's dtype, or wider where that is faster.
+
+    Not `gated`: gate_up is `[I, H]`, one projection, and its activation is the hidden state.
+    """
     joint_2IM = project(gate_up, x)
     if gate_up_bias is not None:
         joint_2IM = joint_2IM + gate_up_bias[:, None]
-    gate_IM, up_IM = (joint_2IM[0::2], joint_2IM[1::2]) if interleaved else joint_2IM.chunk(2)
+    gate_IM, up_IM = joint_2IM, None
+    if gated:
+        gate_IM, up_IM = (joint_2IM[0::2], joint_2IM[1::2]) if interleaved else joint_2IM.chunk(2)
     hidden_IM = activate(gate_IM, up_IM, activation, alpha, limit)
     answer_HM = project(down, hidden_IM.mT.contiguous())
     if down_bias is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsmoe_runtime.errors import ConfigError, InputError
+from dsmoe_runtime.ops.activation import has_gate
 from dsmoe_runtime.ops.cuda import register_cuda
 from dsmoe_runtime.ops.experts import accumulation_dtype, check_alike, check_experts, run_experts
 from dsmoe_runtime.ops.library import register, register_training
@@ -53,11 +54,11 @@ def _check(
         if shared_gate_up is not shared_down or shared_gate is not None:
             raise InputError("shared_gate_up and shared_down go together, and shared_gate goes with them")
         return
-    width = shared_down.shape[-1]
-    if shared_down.shape != (hidden, width) or shared_gate_up.shape != (2 * width, hidden):
+    width, parts = shared_down.shape[-1], 2 if has_gate(layout) else 1
+    if shared_down.shape != (hidden, width) or shared_gate_up.shape != (parts * width, hidden):
         raise InputError(
             f"shared_gate_up is {tuple(shared_gate_up.shape)} and shared_down {tuple(shared_down.shape)}; "
-            f"x {tuple(x.shape)} wants [2S, {hidden}] and [{hidden}, S]"
+            f"x {tuple(x.shape)} and layout {layout!r} want [{'2S' if parts == 2 else 'S'}, {hidden}] and [{hidden}, S]"
         )
     if shared_gate is not None and shared_gate.shape != (1, hidden):
         raise InputError(f"shared_gate is {tuple(shared_gate.shape)}; x {tuple(x.shape)} wants {(1, hidden)}")
@@ -101,6 +102,7 @@ def moe(
             x's dtype, as v1's remote code has it.
         gate_up ... layout: as in `experts`.
         shared_gate_up, shared_down: `[2S, H]`, the gate's rows first, and `[H, S]`, or None; the experts' activation.
+            With an ungated layout they have no gate either: `[S, H]`.
         shared_gate: `[1, H]` or None; the shared answer is multiplied by `sigmoid(x shared_gate^T)` (Qwen2-MoE).
 
     Returns `y [T, H]` in x's dtype and the `experts [T, K]` (int64) that made it.
@@ -124,12 +126,26 @@ def moe(
     y = run_experts(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout)
     if shared_gate_up is not None and shared_down is not None:
         answer = mlp(
-            x.contiguous(), shared_gate_up, shared_down, None, None, activation, alpha, limit, interleaved=False
+            x.contiguous(),
+            shared_gate_up,
+            shared_down,
+            None,
+            None,
+            activation,
+            alpha,
+            limit,
+            interleaved=False,
+            gated=has_gate(layout),
         )
         if shared_gate is not None:
             answer = answer * F.linear(x, shared_gate).sigmoid()
         y = y + answer
     return y.to(x.dtype), experts
+
+
+def shared_layout(layout: str) -> str:
+    """How gate and up of the shared experts lie beside routed experts in `layout`: gate first, or there is none."""
+    return "concat" if has_gate(layout) else "ungated"
 
 
 def router_logits(x: Tensor, router_weight: Tensor, router_bias: Tensor | None, router_dtype: str) -> Tensor:

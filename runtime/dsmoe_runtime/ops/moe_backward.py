@@ -6,11 +6,11 @@ T tokens, H hidden size, E experts, S shared width, K experts per token.
 import torch
 from torch import Tensor
 
-from dsmoe_runtime.ops.activation import activate, activate_backward
+from dsmoe_runtime.ops.activation import activate, activate_backward, halves, joined
 from dsmoe_runtime.ops.experts import accumulation_dtype
 from dsmoe_runtime.ops.experts_backward import KEPT
 from dsmoe_runtime.ops.library import refuse_second_backward, register
-from dsmoe_runtime.ops.moe import ROUTED, SHARED, router_logits
+from dsmoe_runtime.ops.moe import ROUTED, SHARED, router_logits, shared_layout
 from dsmoe_runtime.ops.route import route_backward, weights_of
 
 
@@ -76,7 +76,7 @@ def moe_backward(
     grad_shared = [x.new_empty(0), x.new_empty(0), x.new_empty(0)]
     if shared_gate_up is not None and shared_down is not None:
         grad_x_shared, *grad_shared = _shared_backward(
-            grad, x, shared_gate_up, shared_down, shared_gate, activation, alpha, limit, shared_joint
+            grad, x, shared_gate_up, shared_down, shared_gate, (activation, alpha, limit), layout, shared_joint
         )
         grad_x = grad_x + grad_x_shared
     return grad_x.to(x.dtype), grad_router_weight, grad_router_bias, *grad_experts, *grad_shared
@@ -88,9 +88,8 @@ def _shared_backward(
     shared_gate_up: Tensor,
     shared_down: Tensor,
     shared_gate: Tensor | None,
-    activation: str,
-    alpha: float,
-    limit: float,
+    activation: tuple[str, float, float],
+    layout: str,
     joint: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (accumulation dtype), shared_gate_up, shared_down and shared_gate (`[0]` if None).
@@ -102,8 +101,8 @@ def _shared_backward(
     dtype = acc if x.device.type == "cpu" else x.dtype
     x_TH, grad_TH, gate_up, down = x.to(dtype), grad.to(dtype), shared_gate_up.to(dtype), shared_down.to(dtype)
     joint_T2S = joint if joint is not None and joint.dim() == 2 else x_TH @ gate_up.T
-    gate_TS, up_TS = joint_T2S.to(acc).chunk(2, dim=-1)
-    hidden_TS = activate(gate_TS, up_TS, activation, alpha, limit)
+    gate_TS, up_TS = halves(joint_T2S.to(acc), shared_layout(layout))
+    hidden_TS = activate(gate_TS, up_TS, *activation)
     grad_hidden_TS = (grad_TH @ down).to(acc)
     grad_x = torch.zeros_like(x_TH, dtype=acc)
     grad_gate = x.new_empty(0)
@@ -113,8 +112,8 @@ def _shared_backward(
         grad_x = grad_open_T1 * shared_gate.to(acc)
         grad_gate = (grad_open_T1.T @ x_TH.to(acc)).to(x.dtype)
         grad_TH, grad_hidden_TS = (grad_TH * open_T1).to(dtype), grad_hidden_TS * open_T1
-    grads = activate_backward(grad_hidden_TS, gate_TS, up_TS, activation, alpha, limit)
-    grad_joint_T2S = torch.cat(grads, dim=-1).to(dtype)
+    grads = activate_backward(grad_hidden_TS, gate_TS, up_TS, *activation)
+    grad_joint_T2S = joined(*grads, shared_layout(layout)).to(dtype)
     grad_gate_up, grad_down = grad_joint_T2S.T @ x_TH, grad_TH.T @ hidden_TS.to(dtype)
     return grad_x + grad_joint_T2S @ gate_up, grad_gate_up.to(x.dtype), grad_down.to(x.dtype), grad_gate
 

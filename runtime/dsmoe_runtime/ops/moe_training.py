@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmoe_runtime.ops.activation import activate
+from dsmoe_runtime.ops.activation import activate, halves
 from dsmoe_runtime.ops.experts_training import empty_kept
 from dsmoe_runtime.ops.library import register, register_autograd
-from dsmoe_runtime.ops.moe import ARGUMENTS, moe_fake, router_logits
+from dsmoe_runtime.ops.moe import ARGUMENTS, moe_fake, router_logits, shared_layout
 
 
 def moe_training(
@@ -43,8 +43,9 @@ def moe_training(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The rule of dsmoe::moe_training: y and experts as `moe` has them, then what the backward wants.
 
-    joint, slots, offsets: of the routed experts, as in `experts_training`. shared_joint `[T, 2S]`: gate and up of the
-    shared experts, or `[0]` without any. On the CPU these four are empty, as there; elsewhere the layer is `composed`.
+    joint, slots, offsets: of the routed experts, as in `experts_training`. shared_joint `[T, 2S]`, ungated `[T, S]`:
+    gate and up of the shared experts, or `[0]` without any. On the CPU these four are empty, as there; elsewhere the
+    layer is `composed`.
     """
     gate = (top_k, score, n_group, topk_group, group_score, renormalize, eps, scale)
     routed = (gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout)
@@ -74,7 +75,7 @@ def composed(
     shared_gate_up, shared_down, shared_gate = shared
     if shared_gate_up is not None and shared_down is not None:
         shared_joint = F.linear(x, shared_gate_up)
-        gate_TS, up_TS = shared_joint.chunk(2, dim=-1)
+        gate_TS, up_TS = halves(shared_joint, shared_layout(routed[7]))
         answer = F.linear(activate(gate_TS, up_TS, *routed[4:7]), shared_down)
         if shared_gate is not None:
             answer = answer * F.linear(x, shared_gate).sigmoid()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from dsmoe_runtime.kernels.device.activation import activate
-from dsmoe_runtime.kernels.device.activation_backward import activate_backward
+from dsmoe_runtime.kernels.device.activation_backward import activate_backward, with_slope
 from dsmoe_runtime.kernels.device.rows import tile_of
 
 
@@ -88,13 +88,15 @@ def through_matrix(
 @triton.jit
 def through_activation(
     grad_hidden, joint, weights, slots, offsets, grad_joint, products, alpha, limit,
-    WIDTH: tl.constexpr, EXPERTS: tl.constexpr, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr,
-    KEEP_HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, KEEP_HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """From grad_hidden `[P, WIDTH]`, not yet weighted, and joint `[P, 2 WIDTH]` to grad_joint; a program for ROWS rows.
 
     products `[P]` float32: `<grad_hidden, hidden>`, the gradient of a routing weight but for a bias of down.
-    KEEP_HIDDEN: the weighted hidden state, which down's gradient wants, is written over grad_hidden.
+    KEEP_HIDDEN: the weighted hidden state, which down's gradient wants, is written over grad_hidden. Not GATED: joint
+    and grad_joint are `[P, WIDTH]`, of one projection.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -108,7 +110,10 @@ def through_activation(
     for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = real[:, None] & (columns < WIDTH)[None, :]
-        if INTERLEAVED:
+        if not GATED:
+            at = first + columns[None, :]
+            gate = tl.load(joint + at, mask=inside, other=0.0)
+        elif INTERLEAVED:
             pairs = 2 * start + tl.arange(0, 2 * BLOCK)
             at_pairs = 2 * first + pairs[None, :]
             inside_pairs = real[:, None] & (pairs < 2 * WIDTH)[None, :]
@@ -119,11 +124,17 @@ def through_activation(
             gate = tl.load(joint + at, mask=inside, other=0.0)
             up = tl.load(joint + WIDTH + at, mask=inside, other=0.0)
         grad = tl.load(grad_hidden + first + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        gate, up = gate.to(tl.float32), up.to(tl.float32)
-        hidden = activate(gate, up, ACTIVATION, alpha, limit)
+        if GATED:
+            gate, up = gate.to(tl.float32), up.to(tl.float32)
+            hidden = activate(gate, up, ACTIVATION, alpha, limit)
+            grad_gate, grad_up = activate_backward(grad * scale[:, None], gate, up, ACTIVATION, alpha, limit)
+        else:
+            hidden, slope = with_slope(gate.to(tl.float32), ACTIVATION)
+            grad_gate = grad * scale[:, None] * slope
         sums += grad * hidden
-        grad_gate, grad_up = activate_backward(grad * scale[:, None], gate, up, ACTIVATION, alpha, limit)
-        if INTERLEAVED:
+        if not GATED:
+            tl.store(grad_joint + at, grad_gate.to(dtype), mask=inside)
+        elif INTERLEAVED:
             both = tl.reshape(tl.join(grad_gate.to(dtype), grad_up.to(dtype)), (ROWS, 2 * BLOCK))
             tl.store(grad_joint + at_pairs, both, mask=inside_pairs)
         else:

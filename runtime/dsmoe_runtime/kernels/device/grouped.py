@@ -8,7 +8,7 @@ which at most half the rows are its own is computed at half height.
 import triton
 import triton.language as tl
 
-from dsmoe_runtime.kernels.device.activation import activate
+from dsmoe_runtime.kernels.device.activation import activate, activate_alone
 from dsmoe_runtime.kernels.device.rows import fetch_ahead, tile_of
 
 
@@ -44,38 +44,47 @@ def up_tile(
     n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     at = n * GATE_STEP
+    GATED: tl.constexpr = UP_OFFSET > 0
+    ROWS: tl.constexpr = 2 * WIDTH if GATED else WIDTH
     gate_at, up_at = at, UP_OFFSET + at
     if TMA:
         gate_at, up_at = first_n, UP_OFFSET + first_n
     source = x + token[:, None] * stride_t + k[None, :]
     gate_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    up_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if GATED:
+        up_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, H, BLOCK_K):
         if H % BLOCK_K == 0:
             a = tl.load(source + start, mask=own[:, None], other=0.0)
         else:
             a = tl.load(source + start, mask=own[:, None] & (start + k < H)[None, :], other=0.0)
-        gate = weight_block(
-            gate_up, e, gate_at, start, k, stride_e, stride_n, stride_k, 2 * WIDTH, H, BLOCK_N, BLOCK_K, TMA
-        )
-        up = weight_block(
-            gate_up, e, up_at, start, k, stride_e, stride_n, stride_k, 2 * WIDTH, H, BLOCK_N, BLOCK_K, TMA
-        )
+        gate = weight_block(gate_up, e, gate_at, start, k, stride_e, stride_n, stride_k, ROWS, H, BLOCK_N, BLOCK_K, TMA)
+        if GATED:
+            up = weight_block(gate_up, e, up_at, start, k, stride_e, stride_n, stride_k, ROWS, H, BLOCK_N, BLOCK_K, TMA)
         if UP:
-            a, gate, up = a.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+            a, gate = a.to(tl.float32), gate.to(tl.float32)
+            if GATED:
+                up = up.to(tl.float32)
         gate_acc = tl.dot(a, gate.T, gate_acc, input_precision="ieee")
-        up_acc = tl.dot(a, up.T, up_acc, input_precision="ieee")
+        if GATED:
+            up_acc = tl.dot(a, up.T, up_acc, input_precision="ieee")
     wanted = own[:, None] & (n < WIDTH)[None, :]
     if HAS_BIAS:
-        bias = gate_up_bias + e * 2 * WIDTH + at
+        bias = gate_up_bias + e * ROWS + at
         gate_acc += tl.load(bias, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
-        up_acc += tl.load(bias + UP_OFFSET, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up_acc += tl.load(bias + UP_OFFSET, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
     if SAVE_JOINT:
-        saved = joint + row.to(tl.int64)[:, None] * (2 * WIDTH) + at[None, :]
+        saved = joint + row.to(tl.int64)[:, None] * ROWS + at[None, :]
         tl.store(saved, gate_acc.to(joint.dtype.element_ty), mask=wanted)
-        tl.store(saved + UP_OFFSET, up_acc.to(joint.dtype.element_ty), mask=wanted)
-    value = activate(gate_acc, up_acc, ACTIVATION, alpha, limit).to(hidden.dtype.element_ty)
-    tl.store(hidden + row.to(tl.int64)[:, None] * WIDTH + n[None, :], value, mask=wanted)
+        if GATED:
+            tl.store(saved + UP_OFFSET, up_acc.to(joint.dtype.element_ty), mask=wanted)
+    if GATED:
+        value = activate(gate_acc, up_acc, ACTIVATION, alpha, limit)
+    else:
+        value = activate_alone(gate_acc, ACTIVATION)
+    to = hidden + row.to(tl.int64)[:, None] * WIDTH + n[None, :]
+    tl.store(to, value.to(hidden.dtype.element_ty), mask=wanted)
 
 
 @triton.jit(do_not_specialize=["alpha", "limit"])
@@ -91,6 +100,7 @@ def up_sorted(
 ):  # fmt: skip
     """`hidden[r] = act(gate x, up x)` for the BLOCK_M rows of a tile and BLOCK_N columns; `joint` before `act`.
 
+    UP_OFFSET 0: nothing gates, `act(gate x)`.
     AHEAD > 0: while the rows are still being sorted, the L2 is asked for AHEAD bytes of each row of the weights
     (`first_weights`, plain pointers) that this program will read if every expert has one tile.
     """
@@ -100,7 +110,8 @@ def up_sorted(
         n = tl.minimum(block * BLOCK_N + tl.arange(0, BLOCK_N), WIDTH - 1)
         rows = first_weights + tl.minimum(tile, E - 1).to(tl.int64) * stride_e + n * stride_n
         fetch_ahead(rows, AHEAD)
-        fetch_ahead(rows + UP_OFFSET * stride_n, AHEAD)
+        if UP_OFFSET > 0:
+            fetch_ahead(rows + UP_OFFSET * stride_n, AHEAD)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

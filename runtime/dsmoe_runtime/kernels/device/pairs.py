@@ -7,7 +7,7 @@ of width I of the shared weights, which every token visits; then stride_k must b
 import triton
 import triton.language as tl
 
-from dsmoe_runtime.kernels.device.activation import activate
+from dsmoe_runtime.kernels.device.activation import activate, activate_alone
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def up_pairs(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`hidden[t, k] = act(gate x[t], up x[t])`, BLOCK_N columns of one pair.
+    """`hidden[t, k] = act(gate x[t], up x[t])`, BLOCK_N columns of one pair. UP_OFFSET 0: `act(gate x[t])`.
 
     The kernel before is the router's, which itself waited for x: so only what the router writes must be waited for.
     """
@@ -60,6 +60,7 @@ def up_pairs(
             tl.extra.cuda.gdc_wait()
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    GATED: tl.constexpr = UP_OFFSET > 0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
     if k < K:
@@ -74,23 +75,31 @@ def up_pairs(
         up_row = gate_row + N_SHARED * WIDTH * H
     wanted = n < WIDTH
     gate_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    up_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    if GATED:
+        up_sum = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(0, H, BLOCK_K):
         h = start + column
         mask = wanted[:, None] & (h < H)[None, :]
         gate = tl.load(gate_row[:, None] + h[None, :] * stride_k, mask=mask, other=0.0, eviction_policy="evict_first")
-        up = tl.load(up_row[:, None] + h[None, :] * stride_k, mask=mask, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            up = tl.load(up_row[:, None] + h[None, :] * stride_k, mask=mask, other=0.0, eviction_policy="evict_first")
         value = tl.load(x + token * stride_t + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
         gate_sum += gate.to(tl.float32) * value
-        up_sum += up.to(tl.float32) * value
+        if GATED:
+            up_sum += up.to(tl.float32) * value
     gate_n = tl.sum(gate_sum, 1)
-    up_n = tl.sum(up_sum, 1)
+    if GATED:
+        up_n = tl.sum(up_sum, 1)
     if HAS_BIAS:
         if k < K:
-            bias = gate_up_bias + e * 2 * WIDTH + n * GATE_STEP
+            bias = gate_up_bias + e * (2 if GATED else 1) * WIDTH + n * GATE_STEP
             gate_n += tl.load(bias, mask=wanted, other=0.0).to(tl.float32)
-            up_n += tl.load(bias + UP_OFFSET, mask=wanted, other=0.0).to(tl.float32)
-    value_n = activate(gate_n, up_n, ACTIVATION, alpha, limit)
+            if GATED:
+                up_n += tl.load(bias + UP_OFFSET, mask=wanted, other=0.0).to(tl.float32)
+    if GATED:
+        value_n = activate(gate_n, up_n, ACTIVATION, alpha, limit)
+    else:
+        value_n = activate_alone(gate_n, ACTIVATION)
     tl.store(hidden + (token * (K + N_SHARED) + k) * WIDTH + n, value_n.to(hidden.dtype.element_ty), mask=wanted)
 
 

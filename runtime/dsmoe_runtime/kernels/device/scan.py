@@ -8,7 +8,7 @@ must be 1.
 import triton
 import triton.language as tl
 
-from dsmoe_runtime.kernels.device.activation import activate
+from dsmoe_runtime.kernels.device.activation import activate, activate_alone
 from dsmoe_runtime.kernels.device.rows import found_rows
 
 
@@ -62,7 +62,11 @@ def up_scan(
     UP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`hidden[slot] = act(gate x, up x)` for one expert's rows and BLOCK_N columns; the weight is read once."""
+    """`hidden[slot] = act(gate x, up x)` for one expert's rows and BLOCK_N columns; the weight is read once.
+
+    UP_OFFSET 0: nothing gates, `act(gate x)`.
+    """
+    GATED: tl.constexpr = UP_OFFSET > 0
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -83,7 +87,8 @@ def up_scan(
         slot, token = slot_and_token(found, e, E, K, N_SHARED)
         rows = x + token.to(tl.int64)[:, None] * stride_t
         gate_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        up_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        if GATED:
+            up_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for start in range(0, H, BLOCK_K):
             inside = (n < WIDTH)[:, None]
             there = own[:, None]
@@ -91,20 +96,29 @@ def up_scan(
                 inside = inside & (start + k < H)[None, :]
                 there = there & (start + k < H)[None, :]
             gate = tl.load(gate_rows[:, None] + (start + k)[None, :] * stride_k, mask=inside, other=0.0)
-            up = tl.load(up_rows[:, None] + (start + k)[None, :] * stride_k, mask=inside, other=0.0)
+            if GATED:
+                up = tl.load(up_rows[:, None] + (start + k)[None, :] * stride_k, mask=inside, other=0.0)
             a = tl.load(rows + (start + k)[None, :], mask=there, other=0.0)
             if UP:
-                a, gate, up = a.to(tl.float32), gate.to(tl.float32), up.to(tl.float32)
+                a, gate = a.to(tl.float32), gate.to(tl.float32)
+                if GATED:
+                    up = up.to(tl.float32)
             gate_acc = tl.dot(a, gate.T, gate_acc, input_precision="ieee")
-            up_acc = tl.dot(a, up.T, up_acc, input_precision="ieee")
+            if GATED:
+                up_acc = tl.dot(a, up.T, up_acc, input_precision="ieee")
         if HAS_BIAS:
             if e < E:
-                bias = gate_up_bias + e * 2 * WIDTH + n * GATE_STEP
+                bias = gate_up_bias + e * (2 if GATED else 1) * WIDTH + n * GATE_STEP
                 gate_acc += tl.load(bias, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
-                up_acc += tl.load(bias + UP_OFFSET, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
-        value = activate(gate_acc, up_acc, ACTIVATION, alpha, limit).to(hidden.dtype.element_ty)
+                if GATED:
+                    up_acc += tl.load(bias + UP_OFFSET, mask=n < WIDTH, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            value = activate(gate_acc, up_acc, ACTIVATION, alpha, limit)
+        else:
+            value = activate_alone(gate_acc, ACTIVATION)
         wanted = own[:, None] & (n < WIDTH)[None, :]
-        tl.store(hidden + slot.to(tl.int64)[:, None] * WIDTH + n[None, :], value, mask=wanted)
+        to = hidden + slot.to(tl.int64)[:, None] * WIDTH + n[None, :]
+        tl.store(to, value.to(hidden.dtype.element_ty), mask=wanted)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])

@@ -19,12 +19,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.language import PropagateNan
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Names that changed between Triton 3.6 and 3.9.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 gather = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+NAN_STAYS = gl.constexpr(PropagateNan.ALL)
 COPIERS = gl.constexpr(4)  # warps of the producer that gathers
 
 
@@ -157,9 +159,17 @@ def skip(full, empty, stage, phase, DEPTH: gl.constexpr, STAGES: gl.constexpr):
 @gluon.jit
 def activate(gate, up, ACTIVATION: gl.constexpr, alpha, limit):
     """As in `device.activation`, of which this is the spelling for these kernels."""
+    if ACTIVATION == "gelu":
+        return gate * (0.5 + 0.5 * gl.erf(gate * 0.7071067811865476)) * up
+    if ACTIVATION == "gelu_tanh":
+        return gate / (1 + gl.exp(-gate * (1.5957691216057308 + 0.07135481627260025 * gate * gate))) * up
+    if ACTIVATION == "relu":
+        return gl.where(gate < 0, 0.0, gate) * up
+    if ACTIVATION == "relu2":
+        return gl.where(gate < 0, 0.0, gate * gate) * up
     if ACTIVATION != "silu":
-        gate = gl.minimum(gate, limit)
-        up = gl.minimum(gl.maximum(up, -limit), limit)
+        gate = gl.minimum(gate, limit, propagate_nan=NAN_STAYS)
+        up = gl.minimum(gl.maximum(up, -limit, propagate_nan=NAN_STAYS), limit, propagate_nan=NAN_STAYS)
     if ACTIVATION == "swiglu_oai":
         return (up + 1) * (gate / (1 + gl.exp(-alpha * gate)))
     return gate / (1 + gl.exp(-gate)) * up
