@@ -1,7 +1,7 @@
 """The passes in their order, each verified after it ran.
 
 canonicalise      one spelling for casts, views, splits; assertions that tracing has settled are dropped
-match_experts     a loop over experts                      -> dsmoe::experts
+match_experts     a loop, grouped or batched GEMMs         -> dsmoe::experts
 match_router      gate scores, groups, top-k               -> dsmoe::route
 fuse_moe          gate GEMM + route + experts              -> dsmoe::moe
 match_shared      shared experts added to the output       -> operands of dsmoe::moe

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dsmoe_passes.result import Mismatch
 
@@ -30,6 +31,16 @@ def is_weight(node: fx.Node) -> bool:
 def is_symbol(node: fx.Node) -> bool:
     """Whether `node` is an integer of shape arithmetic rather than a tensor."""
     return isinstance(node.meta.get("val"), (int, torch.SymInt, torch.SymBool))
+
+
+def same_size(one: object, other: object) -> bool:
+    """Whether two sizes are equal whatever the inputs."""
+    return bool(statically_known_true(one == other))
+
+
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
+    """An argument that may be given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def same_tensor(node: fx.Node) -> fx.Node:

@@ -21,9 +21,10 @@ class Loop(nn.Module):
 
         self.twist = twist
         self.router = weight(E, H)
-        self.gate_up = weight(E, 2 * WIDTH, H)
-        self.down = weight(E, H, WIDTH)
+        self.gate_up = weight(E, H, 2 * WIDTH) if twist == "transposed" else weight(E, 2 * WIDTH, H)
+        self.down = weight(E, WIDTH, H) if twist == "transposed" else weight(E, H, WIDTH)
         self.bias = weight(E, 2 * WIDTH)
+        self.down_bias = weight(E, H)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         scores = F.linear(x.float(), self.router.float()).softmax(-1)
@@ -34,10 +35,13 @@ class Loop(nn.Module):
         acc = torch.promote_types(x.dtype, torch.float32)
         y = x.to(acc) * 1.5 if self.twist == "starts from x" else torch.zeros_like(x, dtype=acc)
         more: list[Tensor] = []
+        hot = F.one_hot(experts, E).permute(2, 1, 0)
         for e in range(E - 1 if self.twist == "expert missing" else E):
-            token, slot = torch.where(experts == e)
-            hidden = F.linear(self.rows(x, token, e), self.gate_up[e], self.bias[e] if self.twist == "bias" else None)
-            out = F.linear(self.activation(hidden, e), self.down[(e + 1) % E if self.twist == "other expert" else e])
+            token, slot = torch.where(hot[e])[::-1] if self.twist == "one hot" else torch.where(experts == e)
+            token = slot if self.twist == "slot for token" else token
+            hidden = self.gemm(self.rows(x, token, e), self.gate_up[e], self.bias[self.bias_of(e)])
+            down = self.down[(e + 1) % E if self.twist == "other expert" else e]
+            out = self.gemm(self.activation(hidden, e), down, self.down_bias[e])
             if self.twist == "intermediate used" and e == 1:
                 more.append(hidden.sum())
             y = self.add(y, token, out, weights[token, 1 - slot if self.twist == "other slot" else slot])
@@ -45,7 +49,17 @@ class Loop(nn.Module):
             more.append(self.gate_up.sum())
         return (y.to(x.dtype), experts, *more)
 
+    def bias_of(self, e: int) -> int:
+        return (e + 1) % E if self.twist == "other bias" else e
+
+    def gemm(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.twist == "transposed":
+            return rows @ weight
+        return F.linear(rows, weight, bias if "bias" in self.twist else None)
+
     def rows(self, x: Tensor, token: Tensor, e: int) -> Tensor:
+        if self.twist == "one hot":
+            return x[None, token].reshape(-1, H)
         return (x * 2)[token] if self.twist == "other input" and e == 2 else x[token]
 
     def activation(self, hidden: Tensor, e: int) -> Tensor:
@@ -53,7 +67,7 @@ class Loop(nn.Module):
         if self.twist == "gate and up swapped":
             return gate * F.silu(up)
         if self.twist == "other activation" or (self.twist == "one other activation" and e == 3):
-            return F.gelu(gate) * up
+            return torch.tanh(gate) * up
         if self.twist == "interleaved":
             return F.silu(hidden[:, 0::2]) * hidden[:, 1::2]
         return F.silu(gate) * up

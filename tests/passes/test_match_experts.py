@@ -7,8 +7,16 @@ from dsmoe_passes.canonicalise import canonicalise
 from dsmoe_passes.match_experts import match_experts
 from tests.passes.loops import Loop, called, inputs, trace
 
+LAYOUTS = {
+    "": "concat",
+    "interleaved": "interleaved",
+    "transposed": "concat_transposed",
+    "bias": "concat",
+    "one hot": "concat",
+}
 NEAR_MISSES = {
-    "bias": "adds a bias",
+    "other bias": "the gate and up weight is that of expert 0, its bias that of expert 1",
+    "slot for token": "added at their slots, not at their tokens",
     "gate and up swapped": "up lies before gate",
     "intermediate used": "has another user",
     "weights used elsewhere": "the experts' weights have another user",
@@ -26,7 +34,7 @@ NEAR_MISSES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("twist", ["", "interleaved"])
+@pytest.mark.parametrize("twist", LAYOUTS)
 def test_a_loop_becomes_one_operator_with_the_same_numbers(twist: str, dtype: torch.dtype) -> None:
     module, x = Loop(twist).to(dtype), inputs(dtype)
     gm = trace(module, x)
@@ -39,7 +47,8 @@ def test_a_loop_becomes_one_operator_with_the_same_numbers(twist: str, dtype: to
     assert not called(gm, "aten.index_add.default")
     assert not called(gm, "aten.where.default")
     (node,) = called(gm, "dsmoe.experts.default")
-    assert node.args[-1] == (twist or "concat")
+    assert node.args[-1] == LAYOUTS[twist]
+    assert (node.args[5] is not None, node.args[6] is not None) == (twist == "bias", twist == "bias")
     exact = Loop(twist).double()
     exact.load_state_dict({k: v.to(dtype).double() for k, v in Loop(twist).state_dict().items()})
     for tokens in (0, 1, 7):

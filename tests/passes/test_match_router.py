@@ -42,7 +42,10 @@ GATES: dict[str, tuple[dict, tuple]] = {
     ),
     "v3 without groups": (V3, (3, "sigmoid", 1, 1, "max", True, 1e-20, 2.5)),
     "v4": (V3 | {"scoring_func": "sqrtsoftplus"}, (3, "sqrtsoftplus", 1, 1, "max", True, 1e-20, 2.5)),
-    "after top-k": ({"scoring_func": "softmax_after_topk"}, (3, "softmax", 1, 1, "max", True, 0.0, 1.0)),
+    "after top-k": (
+        {"scoring_func": "softmax_after_topk"},
+        (3, "softmax_after_topk", 1, 1, "max", False, 0.0, 1.0),
+    ),
 }
 
 
@@ -118,8 +121,8 @@ class Twisted(Layer):
 
 
 TWISTS = {
-    "square of the score": "no gate of dsmoe::route gives the same ids and weights",
-    "bias in the weight too": "no gate of dsmoe::route gives the same ids and weights",
+    "square of the score": "selects the same experts, but none gives the same weights",
+    "bias in the weight too": "selects the same experts, but none gives the same weights",
     "next expert": "no gate of dsmoe::route gives the same ids and weights",
     "two biases": "dsmoe::route takes one bias [8]",
     "first experts": "dsmoe::route takes one bias [8] of floats",
