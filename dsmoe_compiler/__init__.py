@@ -17,9 +17,21 @@ if TYPE_CHECKING:
     from dsmoe_compiler.artifact import Artifact
     from dsmoe_compiler.config import CompileConfig
     from dsmoe_compiler.explanation import Explanation
+    from dsmoe_compiler.huggingface import register_experts, use_experts
     from dsmoe_compiler.runner import Runner
 
-__all__ = ["Artifact", "CompileConfig", "Explanation", "Runner", "__version__", "compile", "explain", "load"]
+__all__ = [
+    "Artifact",
+    "CompileConfig",
+    "Explanation",
+    "Runner",
+    "__version__",
+    "compile",
+    "explain",
+    "load",
+    "register_experts",
+    "use_experts",
+]
 HOMES = {
     "Artifact": "artifact",
     "CompileConfig": "config",
@@ -28,6 +40,8 @@ HOMES = {
     "compile": "api",
     "explain": "api",
     "load": "api",
+    "register_experts": "huggingface",
+    "use_experts": "huggingface",
 }
 
 

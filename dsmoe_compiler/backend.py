@@ -2,11 +2,14 @@
 
     fast = torch.compile(model, backend="dsmoe")                                  # mode="reduce-overhead" works too
     fast = torch.compile(model, backend="dsmoe", options={"dsmoe.strict": True})  # a layer left alone is an error
+    fast(x)
+    print(dsmoe_compiler.backend.last_report())                                   # every layer: fused, or why not
 
 The rewrite happens above autograd, so training works: the operators bring their own backward. Options of Inductor
 pass through. The loop over experts of an eager model asks for the tokens of each expert, whose number depends on
 data. Dynamo breaks the graph there unless `capture_dynamic_output_shape_ops` is on; importing this module, which
-torch does when the back end is asked for by name, turns it on. A deep model compiles faster through
+torch does when the back end is asked for by name, turns it on. transformers' eager loop cannot be traced even so:
+for this back end `huggingface.eager_loop` spells it as grouped GEMMs. A deep model compiles faster through
 `dsmoe_compiler.compile`, which traces each kind of layer once.
 """
 
@@ -14,11 +17,14 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch._dynamo
 import torch._dynamo.config
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
@@ -26,16 +32,25 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
 import dsmoe_runtime.ops  # noqa: F401  registers the operators
+from dsmoe_compiler import checkpointed
+from dsmoe_compiler.capture import report_steps
+from dsmoe_compiler.explanation import Explanation, LayerReport, PassReport
+from dsmoe_compiler.huggingface import eager_loop
+from dsmoe_compiler.layer_reports import layer_reports
 from dsmoe_compiler.targets.lower import operator_name, values
 from dsmoe_passes import pipeline
-from dsmoe_passes.result import Refused
 from dsmoe_runtime.errors import ConfigError, NotFusedError
 from dsmoe_runtime.ops import cuda
 
 log = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 aten = torch.ops.aten
+KEPT = 64  # reports
+_reports: deque[Explanation] = deque(maxlen=KEPT)
+
 torch._dynamo.config.capture_dynamic_output_shape_ops = True
+eager_loop.install()
+torch._dynamo.on_compile_start(eager_loop.install)  # where transformers is imported later
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class Options:
     dump: str | None = None
 
 
+@eager_loop.traces_eager_experts
 def dsmoe(
     gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Compiled:
@@ -58,10 +74,47 @@ def dsmoe(
         patches = {**list_mode_options(mode), **patches}
     if os.environ.get("DSMOE_DISABLE") == "1":
         return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
-    graph = functional(gm, example_inputs)
-    steps = pipeline.run(graph, dump=own.dump)
-    report(steps, own)
+    graph, explanation = fuse(gm, example_inputs, dump=own.dump)
+    report(explanation, strict=own.strict)
     return cast(Compiled, compile_fx(graph, list(example_inputs), config_patches=capturable(graph, patches)))
+
+
+def fuse(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, dump: str | None = None, name: str = "graph"
+) -> tuple[fx.GraphModule, Explanation]:
+    """Dynamo's graph after all passes, and what they did; what the back end does before it hands over to Inductor."""
+    start = time.perf_counter()
+    layers: list[LayerReport] = []
+    passes: list[PassReport] = []
+    notes: list[str] = []
+
+    def rewrite(captured: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+        depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+        try:
+            graph = functional(captured, inputs)
+        except Exception as error:  # whatever torch cannot trace above autograd (vmap, say), Inductor may still compile
+            while torch._C._functorch.get_dynamic_layer_stack_depth() > depth:  # the trace left what it had entered
+                torch._C._functorch.pop_dynamic_layer_stack()
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            notes.append(f"{name} is left to Inductor as a whole: torch cannot write it above autograd: {first_line}")
+            return captured
+        steps = pipeline.run(graph, dump=dump)
+        layers.extend(layer_reports(graph, steps))
+        passes.extend(report_steps(name, steps))
+        return graph
+
+    graph = checkpointed.replace_regions(gm, rewrite) if checkpointed.regions(gm) else rewrite(gm, example_inputs)
+    return graph, Explanation(tuple(layers), tuple(passes), time.perf_counter() - start, tuple(notes))
+
+
+def last_report() -> Explanation | None:
+    """What was fused in the last graph that this back end compiled; None before the first."""
+    return _reports[-1] if _reports else None
+
+
+def reports() -> tuple[Explanation, ...]:
+    """What was fused in the last graphs, oldest first: a model has one for each graph break and recompilation."""
+    return tuple(_reports)
 
 
 def capturable(graph: fx.GraphModule, patches: dict[str, Any]) -> dict[str, Any]:
@@ -108,20 +161,27 @@ def functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     return graph
 
 
-def report(steps: list[pipeline.Step], own: Options) -> None:
-    """Say once a graph what was fused and what was left alone."""
-    fused = [r for step in steps if step.result.name == "match_experts" for r in step.result.rewritten]
-    left: list[Refused] = [r for step in steps if step.result.name == "match_experts" for r in step.result.refused]
-    if fused or left:
-        log.info("%d mixture-of-experts layers fused, %d left alone", len(fused), len(left))
-    for refusal in left:
-        log.warning("%s is left alone at %s: %s", refusal.layer or "a layer", refusal.node, refusal.because)
-    for step in steps:
+def report(explanation: Explanation, *, strict: bool) -> None:
+    """Keep and say once a graph what was fused and what was left alone.
+
+    Raises: NotFusedError under `strict`, if a layer or the whole graph was.
+    """
+    _reports.append(explanation)
+    left = explanation.left_alone
+    if explanation.layers:
+        log.info("%s", explanation.summary)
+    for layer in explanation.layers:
+        log.log(logging.INFO if layer.fused else logging.WARNING, "%s", layer)
+    for note in explanation.notes:
+        log.warning("%s", note)
+    for step in explanation.passes:
         if step.graph_before is not None:
-            log.info("before %s\n%s", step.result.name, step.graph_before)
-            log.info("after %s\n%s", step.result.name, step.graph_after)
-    if left and own.strict:
+            log.info("before %s\n%s", step.name, step.graph_before)
+            log.info("after %s\n%s", step.name, step.graph_after)
+    if left and strict:
         first = left[0]
         raise NotFusedError(
-            f"{len(left)} layers left alone; {first.layer or 'the first'} at {first.node}: {first.because}"
+            f"{len(left)} layers left alone; {first.name or 'the first'} at {first.node}: {first.reason}"
         )
+    if explanation.notes and strict:
+        raise NotFusedError(explanation.notes[0])

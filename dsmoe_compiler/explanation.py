@@ -8,7 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. `operator` is what stands in the graph now; `reason` and `node` say where matching stopped."""
+    """One layer. `operator` is what stands in the graph now; `reason` and `node` say where matching stopped.
+
+    `gate` and `experts` are the family of the gate and the spelling of the experts that were recognised, `weights`
+    whether the operator reads the model's own tensors or packed copies. `advice` is what to do about `reason`.
+    `flops` counts the layer's router, routed and shared experts at the traced sizes, and `fused_flops` what of it the
+    operators do; None where sizes depend on data.
+    """
 
     name: str
     fused: bool
@@ -17,6 +23,20 @@ class LayerReport:
     kernel: str
     reason: str | None = None
     node: str | None = None
+    gate: str | None = None
+    experts: str | None = None
+    weights: str | None = None
+    advice: str | None = None
+    flops: int | None = None
+    fused_flops: int | None = None
+
+    def __str__(self) -> str:
+        where = f" at {self.node}" if self.node else ""
+        if not self.fused:
+            return f"{self.name}: left alone{where}: {self.reason}{f'. {self.advice}' if self.advice else ''}"
+        weights = f", weights {self.weights}" if self.weights else ""
+        but = f"; more is not fused{where}: {self.reason}" if self.reason else ""
+        return f"{self.name}: {self.pattern} -> {self.operator} ({self.kernel}{weights}){but}"
 
 
 @dataclass(frozen=True)
@@ -47,17 +67,26 @@ class Explanation:
         """The layers that were not fused."""
         return tuple(layer for layer in self.layers if not layer.fused)
 
+    @property
+    def fused_share(self) -> float | None:
+        """The share of the FLOPs of routers and experts that fused operators do; None if it cannot be told."""
+        counted = [layer for layer in self.layers if layer.flops is not None]
+        total = sum(layer.flops or 0 for layer in counted)
+        if not total or len(counted) < len(self.layers):
+            return None
+        return sum(layer.fused_flops or 0 for layer in counted) / total
+
+    @property
+    def summary(self) -> str:
+        """One line: layers fused, layers seen, share of FLOPs."""
+        fused, share = len(self.layers) - len(self.left_alone), self.fused_share
+        flops = "" if share is None else f", {100 * share:.4g} % of the FLOPs of routers and experts"
+        return f"{fused} of {len(self.layers)} mixture-of-experts layers fused{flops}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        fused = len(self.layers) - len(self.left_alone)
+        return {"layers_seen": len(self.layers), "layers_fused": fused, "fused_share": self.fused_share} | asdict(self)
 
     def __str__(self) -> str:
-        fused = len(self.layers) - len(self.left_alone)
-        lines = [f"{fused} of {len(self.layers)} mixture-of-experts layers fused"]
-        for layer in self.layers:
-            if layer.fused:
-                lines.append(f"  {layer.name}: {layer.pattern} -> {layer.operator} ({layer.kernel})")
-            else:
-                where = f" at {layer.node}" if layer.node else ""
-                lines.append(f"  {layer.name}: left alone{where}: {layer.reason}")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([self.summary, *(f"  {layer}" for layer in self.layers), *self.notes])
