@@ -22,6 +22,7 @@ from dsmoe_compiler.artifact import Artifact, load
 from dsmoe_compiler.capture import MOE_OP, Capture, explain_module
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.explanation import Explanation
+from dsmoe_compiler.huggingface.folder import Pretrained, is_for_transformers, is_pretrained, load_folder, structure_of
 from dsmoe_compiler.loading import Loaded, load_model
 from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.staging import Stage
@@ -35,7 +36,7 @@ from dsmoe_runtime.errors import ConfigError, NotFusedError, VerificationError
 
 __all__ = ["compile", "explain", "load"]
 log = logging.getLogger(__name__)
-Model = str | Path | Loaded | Transformer
+Model = str | Path | Loaded | Transformer | Pretrained
 
 
 def compile(
@@ -43,8 +44,9 @@ def compile(
 ) -> Artifact:
     """Capture, fuse, compile and verify a language model; `.save(folder)` of what comes back publishes it.
 
-    `model` is a preset's name, a checkpoint folder, what `load_model` gave, or a `Transformer`. Nothing stays behind
-    when this fails. Other modules: `torch.compile(module, backend="dsmoe")`.
+    `model` is a preset's name, a checkpoint folder (of the reference model, or one that transformers reads), what
+    `load_model` gave, a `Transformer`, or a causal language model of transformers. Nothing stays behind when this
+    fails. Other modules: `torch.compile(module, backend="dsmoe")`.
 
     Raises: VerificationError if the compiled model is not the same model; its text says which layer diverges first,
     and its `verification` has the numbers. NotFusedError under `strict`. ConfigError, CheckpointError, TargetError as
@@ -52,9 +54,13 @@ def compile(
     """
     config = config or CompileConfig()
     loaded = as_loaded(model, config)
+    if isinstance(loaded, Pretrained):
+        from dsmoe_compiler.huggingface.compiling import compile_pretrained
+
+        return compile_pretrained(loaded, config, progress)
     assert config.target is not None
     transformer = loaded.model.to(config.target).eval()
-    capacity = config.capacity(loaded.config)
+    capacity = config.capacity(loaded.config.max_position_embeddings)
     stage = Stage()
     try:
         capture = Capture(
@@ -72,7 +78,7 @@ def compile(
         artifact = artifacts.assemble(
             stage,
             phases,
-            config=loaded.config,
+            config=loaded.config.to_dict() | {"model_type": artifacts.MODEL_TYPE},
             tokenizer=loaded.tokenizer,
             target=config.target,
             dtype=str(transformer.embed_tokens.weight.dtype).removeprefix("torch."),
@@ -102,9 +108,19 @@ def explain(
     if isinstance(model, nn.Module) and not isinstance(model, Transformer):
         if example_inputs is None:
             raise ConfigError(f"explaining a {type(model).__name__} takes example_inputs, the arguments of one call")
+        if is_pretrained(model):
+            from dsmoe_compiler.huggingface.explaining import explain_graphs
+
+            return explain_graphs(model, example_inputs, dump=stage)
         return explain_module(model, example_inputs, dump=stage)
+    if isinstance(model, str | Path) and str(model) not in PRESETS and is_for_transformers(model):
+        model = structure_of(model)
+    if isinstance(model, Pretrained):
+        from dsmoe_compiler.huggingface.compiling import explain_pretrained
+
+        return explain_pretrained(model, stage=stage)
     transformer = as_meta(model)
-    capacity = CompileConfig(target="cpu").capacity(transformer.config)
+    capacity = CompileConfig(target="cpu").capacity(transformer.config.max_position_embeddings)
     capture = Capture(transformer, batch=1, capacity=capacity, dump=stage)
     for _ in capture.phases(("decode",)):
         pass
@@ -150,19 +166,23 @@ def operator(graph: fx.GraphModule, node: fx.Node, *, shared: bool) -> Callable[
     return lambda x: MOE_OP(x, *operands)
 
 
-def as_loaded(model: Model, config: CompileConfig) -> Loaded:
-    """`model` as `load_model` gives it. Raises: ConfigError for no language model of ours, or another dtype."""
+def as_loaded(model: Model, config: CompileConfig) -> Loaded | Pretrained:
+    """`model` as `load_model` or `load_folder` gives it. Raises: ConfigError for anything else, or another dtype."""
     if isinstance(model, str | Path):
+        if str(model) not in PRESETS and is_for_transformers(model):
+            return load_folder(model, dtype=config.torch_dtype, device=config.target or "cpu")
         return load_model(model, dtype=config.torch_dtype, device=config.target or "cpu", seed=config.seed)
     if isinstance(model, Transformer):
         model = Loaded(model, model.config, None, "a model in memory", ())
-    if not isinstance(model, Loaded):
+    if is_pretrained(model):
+        model = Pretrained(model, None, f"a {type(model).__name__} in memory", ())
+    if not isinstance(model, Loaded | Pretrained):
         raise ConfigError(
-            f"a {type(model).__name__} cannot be packaged: compile takes a preset's name, a checkpoint folder or a "
-            "Transformer. "
+            f"a {type(model).__name__} cannot be packaged: compile takes a preset's name, a checkpoint folder, a "
+            "Transformer or a causal language model of transformers. "
             'For any other module there is torch.compile(module, backend="dsmoe")'
         )
-    dtype = model.model.embed_tokens.weight.dtype
+    dtype = model.dtype if isinstance(model, Pretrained) else model.model.embed_tokens.weight.dtype
     if config.torch_dtype not in (None, dtype):
         raise ConfigError(
             f"the model is {dtype}, but dtype is {config.dtype!r}: cast the model first, or leave dtype out"
@@ -170,7 +190,7 @@ def as_loaded(model: Model, config: CompileConfig) -> Loaded:
     return model
 
 
-def as_meta(model: Model) -> Transformer:
+def as_meta(model: str | Path | Loaded | Transformer) -> Transformer:
     """The model's structure without its weights."""
     if isinstance(model, Loaded):
         return model.model

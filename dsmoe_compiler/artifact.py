@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from dsmoe_compiler.config import DTYPES, TARGETS
-from dsmoe_compiler.runner import Runner
+from dsmoe_compiler.runner import Runner, Shapes
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
 from dsmoe_compiler.targets.aoti import PhaseReport
@@ -59,7 +59,7 @@ class Artifact:
     """A compiled model that is not published yet: a stage and its manifest. `save` publishes, `discard` forgets."""
 
     def __init__(
-        self, stage: Stage, *, config: ModelConfig, tokenizer: Tokenizer | None, manifest: dict[str, Any]
+        self, stage: Stage, *, config: dict[str, Any], tokenizer: Tokenizer | None, manifest: dict[str, Any]
     ) -> None:
         self.stage = stage
         self.folder = stage.path
@@ -100,7 +100,7 @@ def assemble(
     stage: Stage,
     phases: dict[str, PhaseReport],
     *,
-    config: ModelConfig,
+    config: dict[str, Any],
     tokenizer: Tokenizer | None,
     target: str,
     dtype: str,
@@ -110,7 +110,7 @@ def assemble(
     facts: dict[str, Any],
 ) -> Artifact:
     """An artifact from a stage that `aoti.package` has filled. `facts`: further manifest entries (layers, proof)."""
-    write_json(stage.path / CONFIG, config.to_dict() | {"model_type": MODEL_TYPE})
+    write_json(stage.path / CONFIG, config)
     if tokenizer is not None:
         tokenizer.save(stage.path)
     manifest = {
@@ -149,9 +149,7 @@ def load(
     try:
         manifest = read_manifest(folder)
         check_files(folder, manifest["files"], check_weights=check_weights)
-        fields = read_json(inside(folder, CONFIG), limit=CONFIG_LIMIT)
-        fields.pop("model_type", None)
-        config = ModelConfig.from_dict(fields)
+        config = read_json(inside(folder, CONFIG), limit=CONFIG_LIMIT)
         tokenizer = load_tokenizer(folder) if "tokenizer.json" in manifest["files"] else None
     except (CheckpointError, ConfigError) as error:
         raise ArtifactError(f"{folder} is damaged: {error}") from None
@@ -189,7 +187,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def open_runner(
     folder: Path,
     manifest: dict[str, Any],
-    config: ModelConfig,
+    config: dict[str, Any],
     tokenizer: Tokenizer | None,
     *,
     device: torch.device | str | None,
@@ -197,6 +195,7 @@ def open_runner(
 ) -> Runner:
     """Load weights and packages. Raises: ArtifactError, if they do not fit each other or this machine."""
     target = manifest["target"]
+    vocab_size, shapes = interface(folder, manifest, config)
     if manifest["dtype"] not in DTYPES:
         raise ArtifactError(f"{folder} is damaged: dtype is {manifest['dtype'][:40]!r}, not one of {', '.join(DTYPES)}")
     place = torch.device(device or (target if target in TARGETS else "cpu"))
@@ -222,7 +221,27 @@ def open_runner(
         raise ArtifactError(f"{folder} is damaged: its phases are {sorted(programs)}, not prefill and decode")
     if target == "cuda" and cuda_graph:
         programs["decode"] = Replayed(programs["decode"], moving=2, device=place)
-    return Runner(config, manifest=manifest, tokenizer=tokenizer, programs=programs, device=place)
+    return Runner(vocab_size, shapes, manifest=manifest, tokenizer=tokenizer, programs=programs, device=place)
+
+
+def interface(folder: Path, manifest: dict[str, Any], config: dict[str, Any]) -> tuple[int, Shapes]:
+    """Size of the vocabulary and shapes of the cache. Raises: ArtifactError."""
+    batch, capacity = manifest["batch_size"], manifest["capacity"]
+    try:
+        if "transformers" not in manifest:
+            own = ModelConfig.from_dict({key: value for key, value in config.items() if key != "model_type"})
+            shape = (batch, own.num_key_value_heads, capacity, own.head_dim)
+            return own.vocab_size, [(shape, shape)] * own.num_hidden_layers
+        said = manifest["transformers"]
+        shapes = [tuple(tuple(side) for side in pair) for pair in said["cache"]]
+        sides = [side for pair in shapes for side in pair]
+        if not shapes or any(type(n) is not int or n < 1 for side in sides for n in side):
+            raise ConfigError("its cache has sizes that are no positive integers")
+        if {len(pair) for pair in shapes} != {2} or {(s[0], s[2], len(s)) for s in sides} != {(batch, capacity, 4)}:
+            raise ConfigError(f"its cache is not of {batch} rows and {capacity} positions")
+        return int(said["vocab_size"]), shapes  # type: ignore[return-value]
+    except (ConfigError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ArtifactError(f"{folder} is damaged: {error}") from None
 
 
 def check_files(folder: Path, files: dict[str, Any], *, check_weights: bool) -> None:

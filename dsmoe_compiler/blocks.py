@@ -111,7 +111,7 @@ def why_not(block: Block, model: nn.Module) -> str | None:
 
 def raise_block(block: Block, *, dump: str | None = None, debug: bool = False) -> Raised:
     """Trace one block with a free number of tokens, and run the raising passes over its graph."""
-    free = tuple(_free_dimensions(argument) for argument in block.args)
+    free = _free_dimensions(block.args)
     try:
         # Every expert brings a size of its own, so no fake tensor is met twice: its cache costs two fifths of the time.
         with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
@@ -164,12 +164,13 @@ def _fetch(module: nn.Module, name: str, constants: dict[str, torch.Tensor]) -> 
     return getattr(module.get_submodule(path), leaf)
 
 
-def _free_dimensions(argument: Any) -> dict[int, Any] | None:
-    """The token dimension of a tensor is free: the last but one of activations, the last of ids."""
-    if not isinstance(argument, torch.Tensor):
-        return None
-    last = argument.dim() - (2 if argument.is_floating_point() else 1)
-    return {last: torch.export.Dim.DYNAMIC} if last >= 0 else None
+def _free_dimensions(arguments: tuple[Any, ...]) -> tuple[dict[int, Any] | None, ...]:
+    """The token dimension of a tensor is free: the last but one of activations, the last of ids; one for all."""
+    places = [a.dim() - (2 if a.is_floating_point() else 1) if isinstance(a, torch.Tensor) else -1 for a in arguments]
+    sizes = {a.shape[place] for a, place in zip(arguments, places, strict=True) if place >= 0}
+    together = len(sizes) == 1 and sum(place >= 0 for place in places) > 1
+    free = torch.export.Dim("tokens") if together else torch.export.Dim.DYNAMIC
+    return tuple({place: free} if place >= 0 else None for place in places)
 
 
 def _probe_of(block: Block, program: torch.export.ExportedProgram) -> Callable[[fx.GraphModule], list[torch.Tensor]]:

@@ -138,10 +138,14 @@ def raise_blocks(
     return raised, passes
 
 
-def trace(module: nn.Module, inputs: tuple[Any, ...], free: Any) -> fx.GraphModule:
-    """One graph that holds its parameters (`get_attr`); dimensions named in `free` are symbolic."""
+def trace(module: nn.Module, inputs: tuple[Any, ...], free: Any, *, functional: bool = False) -> fx.GraphModule:
+    """One graph that holds its parameters (`get_attr`); dimensions named in `free` are symbolic.
+
+    `functional`: nothing in it is written in place, but for the inputs at its end; that traces twice.
+    """
     with torch.no_grad():
         program = torch.export.export(module, inputs, dynamic_shapes=free, strict=False)
+        program = program.run_decompositions({}) if functional else program
     return program.module(check_guards=False)  # type: ignore[return-value]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dsmoe_model.config import ModelConfig
 from dsmoe_runtime.errors import ConfigError, TargetError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,12 +58,11 @@ class CompileConfig:
         """`dtype` as torch has it."""
         return None if self.dtype is None else DTYPES[self.dtype]
 
-    def capacity(self, model: ModelConfig) -> int:
-        """Positions of the KV cache. Raises: ConfigError, if the model has fewer than were asked for."""
+    def capacity(self, limit: int) -> int:
+        """Positions of the KV cache. Raises: ConfigError, if the model has fewer, `limit`, than were asked for."""
         if self.max_seq_len is None:
-            return min(model.max_position_embeddings, DEFAULT_CAPACITY)
-        if self.max_seq_len > model.max_position_embeddings:
-            limit = model.max_position_embeddings
+            return min(limit, DEFAULT_CAPACITY)
+        if self.max_seq_len > limit:
             raise ConfigError(f"max_seq_len is {self.max_seq_len}, but the model's max_position_embeddings is {limit}")
         return self.max_seq_len
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dsmoe_compiler.huggingface.folder import refuse_transformers
 from dsmoe_model.accounting import PRINTED, account, disagreements, paper_flops, training_flops
 from dsmoe_model.checkpoint import load_tokenizer, open_checkpoint
 from dsmoe_model.config import ModelConfig
@@ -95,6 +96,7 @@ def describe(name_or_folder: str) -> Description:
 
 
 def _files(folder: str) -> tuple[ModelConfig, Files]:
+    refuse_transformers(folder)
     checkpoint = open_checkpoint(folder)
     files = Files(
         folder=str(checkpoint.folder),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dsmoe_compiler.huggingface.folder import refuse_transformers
 from dsmoe_model.checkpoint import (
     Progress,
     Tokenizer,
@@ -59,6 +60,7 @@ def load_model(
     if "/" not in name and not Path(name).exists() and (near := get_close_matches(name, PRESETS, n=3)):
         raise CheckpointError(f"there is no preset and no folder {name!r}; did you mean {' or '.join(near)}?")
 
+    refuse_transformers(name_or_folder)
     checkpoint = open_checkpoint(name_or_folder)
     tokenizer = load_tokenizer(checkpoint.folder)
     notes = list(checkpoint.notes)

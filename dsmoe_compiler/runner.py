@@ -19,9 +19,10 @@ from torch import Tensor
 from dsmoe_compiler.targets.package import Program
 from dsmoe_model.attention import KVCache
 from dsmoe_model.checkpoint import Tokenizer
-from dsmoe_model.config import ModelConfig
 from dsmoe_runtime.errors import InputError
 from dsmoe_runtime.generation import generate
+
+Shapes = list[tuple[tuple[int, ...], tuple[int, ...]]]  # of each layer's keys and values: [B, heads, capacity, width]
 
 
 class Runner:
@@ -29,14 +30,16 @@ class Runner:
 
     def __init__(
         self,
-        config: ModelConfig,
+        vocab_size: int,
+        shapes: Shapes,
         *,
         manifest: dict[str, Any],
         tokenizer: Tokenizer | None,
         programs: dict[str, Program],
         device: torch.device,
     ) -> None:
-        self.config = config
+        self.vocab_size = vocab_size
+        self.shapes = shapes
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.device = device
@@ -47,7 +50,10 @@ class Runner:
 
     def new_cache(self) -> KVCache:
         """An empty cache for this artifact: `batch_size` rows of `capacity` positions."""
-        return KVCache.zeros(self.config, self.batch_size, self.capacity, self.dtype, self.device)
+        keys, values = zip(*self.shapes, strict=True)
+        return KVCache(
+            *([torch.zeros(s, dtype=self.dtype, device=self.device) for s in side] for side in (keys, values))
+        )
 
     @torch.no_grad()
     def prefill(self, ids_BS: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -103,7 +109,7 @@ class Runner:
             lambda ids: self.prefill(ids, cache)[0],
             lambda ids, position: self._decode(ids, position, cache)[0],
             ids_BS,
-            vocab_size=self.config.vocab_size,
+            vocab_size=self.vocab_size,
             capacity=self.capacity,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -158,15 +164,15 @@ class Runner:
             )
         if ids_BS.numel():
             low, high = torch.stack(ids_BS.aminmax()).tolist()  # on a GPU one wait, not two
-            if low < 0 or high >= self.config.vocab_size:
-                raise InputError(f"ids span [{low}, {high}], vocab_size = {self.config.vocab_size}")
+            if low < 0 or high >= self.vocab_size:
+                raise InputError(f"ids span [{low}, {high}], vocab_size = {self.vocab_size}")
 
     def _run(self, phase: str, inputs: list[Tensor], cache: KVCache) -> tuple[Tensor, Tensor]:
-        layers = self.config.num_hidden_layers
-        shape = (self.batch_size, self.config.num_key_value_heads, self.capacity, self.config.head_dim)
+        layers = len(self.shapes)
         if len(cache.key) != layers or len(cache.value) != layers:
             raise InputError(f"the cache has {len(cache.key)} and {len(cache.value)} layers, the model has {layers}")
-        for tensor in (*cache.key, *cache.value):
+        wanted = [shape for side in zip(*self.shapes, strict=True) for shape in side]
+        for tensor, shape in zip((*cache.key, *cache.value), wanted, strict=True):
             if tensor.shape != shape or tensor.dtype != self.dtype or tensor.device != self.device:
                 raise InputError(
                     f"a cache tensor is {list(tensor.shape)} {tensor.dtype} on {tensor.device}; the artifact wants "

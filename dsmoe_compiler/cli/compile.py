@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from dsmoe_compiler.api import compile as compile_model
     from dsmoe_compiler.artifact import is_artifact
     from dsmoe_compiler.config import CompileConfig
-    from dsmoe_compiler.loading import load_model, progress_bar
+    from dsmoe_compiler.huggingface.folder import Pretrained, is_for_transformers, load_folder
+    from dsmoe_compiler.loading import Loaded, load_model, progress_bar
     from dsmoe_compiler.staging import check_place
 
     try:  # before the minutes of compiling, rather than after
@@ -81,10 +82,14 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     start = time.perf_counter()
-    with progress_bar(f"loading {args.model}") as progress:
-        loaded = load_model(
-            args.model, dtype=config.torch_dtype, device=config.target or "cpu", seed=args.seed, progress=progress
-        )
+    loaded: Loaded | Pretrained
+    if is_for_transformers(args.model):
+        loaded = load_folder(args.model, dtype=config.torch_dtype, device=config.target or "cpu")
+    else:
+        with progress_bar(f"loading {args.model}") as progress:
+            loaded = load_model(
+                args.model, dtype=config.torch_dtype, device=config.target or "cpu", seed=args.seed, progress=progress
+            )
     for note in loaded.notes:
         log.info("%s: %s", args.model, note)
     artifact = compile_model(loaded, config=config)

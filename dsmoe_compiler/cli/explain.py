@@ -67,9 +67,9 @@ def _print(explanation: Explanation, *, with_graphs: bool) -> None:
     print_table(("layer", "", "matched", "operator", "runs as"), rows)
     for layer in explanation.layers:
         if layer.reason:
-            say(f"{layer.name}: {layer.reason}{f' (at {layer.node})' if layer.node else ''}")
-    fused = len(explanation.layers) - len(explanation.left_alone)
-    say(f"{fused} of {plural(len(explanation.layers), 'MoE layer')} fused")
+            where, advice = f" (at {layer.node})" if layer.node else "", f". {layer.advice}" if layer.advice else ""
+            say(f"{layer.name}: {layer.reason}{where}{advice}")
+    say(explanation.summary)
     for note in explanation.notes:
         say(f"note: {note}")
 

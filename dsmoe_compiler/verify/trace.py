@@ -95,8 +95,8 @@ def run(runner: RunnerLike, prompt_BS: Tensor, cache: KVCache, *, steps: int, to
             ids = torch.cat((ids, token_B[:, None]), dim=1)
     strays = 0
     for (key, value), (key_before, value_before) in zip(_slots(cache), after, strict=True):
-        changed = (key[:, :, prompt + steps :] != key_before) | (value[:, :, prompt + steps :] != value_before)
-        strays += int(changed.any(dim=-1).sum())
+        changed = (key[:, :, prompt + steps :] != key_before).any(dim=-1)
+        strays += int((changed | (value[:, :, prompt + steps :] != value_before).any(dim=-1)).sum())
     return Trace(
         ids_BS=ids,
         prompt=prompt,

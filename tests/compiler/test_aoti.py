@@ -58,7 +58,7 @@ def compiled(folder: Path, model: Transformer, dtype: str) -> Path:
     made = artifacts.assemble(
         stage,
         reports,
-        config=model.config,
+        config=model.config.to_dict() | {"model_type": "deepseek"},
         tokenizer=byte_tokenizer(),
         target="cpu",
         dtype=dtype,

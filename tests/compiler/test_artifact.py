@@ -51,7 +51,7 @@ def made(near: Path | None = None) -> Artifact:
     return assemble(
         stage,
         filled(stage),
-        config=CONFIG,
+        config=CONFIG.to_dict() | {"model_type": "deepseek"},
         tokenizer=byte_tokenizer(),
         target="cpu",
         dtype="float32",

@@ -105,7 +105,7 @@ def test_any_module_is_explained_on_the_inputs_of_a_call() -> None:
     class Stack(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.good, self.bad = Loop(), Loop("bias")
+            self.good, self.bad = Loop(), Loop("unweighted")
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.bad(self.good(x)[0])[0]
@@ -114,7 +114,7 @@ def test_any_module_is_explained_on_the_inputs_of_a_call() -> None:
     good, bad = explanation.layers
     assert (good.name, good.fused) == ("good", True)
     assert (bad.name, bad.fused) == ("bad", False)
-    assert "adds a bias" in (bad.reason or "")
+    assert "not multiplied by its routing weight" in (bad.reason or "")
     assert bad.node in str(explanation)
     with pytest.raises(ConfigError, match="takes example_inputs"):
         api.explain(Stack())
@@ -142,4 +142,4 @@ def test_a_bad_option_is_refused_with_its_value(options: dict, message: str) -> 
 
 def test_a_cache_longer_than_the_model_is_refused_with_both_numbers() -> None:
     with pytest.raises(ConfigError, match="max_seq_len is 1024, but the model's max_position_embeddings is 512"):
-        CompileConfig(target="cpu", max_seq_len=1024).capacity(SMALL)
+        CompileConfig(target="cpu", max_seq_len=1024).capacity(SMALL.max_position_embeddings)

@@ -49,8 +49,11 @@ def runner_of(model: Transformer, *, tokenizer: bool = True) -> Runner:
     def decode(flat: list[Tensor]) -> list[Tensor]:
         return list(Decode(model)(flat[0], flat[1], flat[2 : 2 + layers], flat[2 + layers :]))
 
+    config = model.config
+    shape = (BATCH, config.num_key_value_heads, CAPACITY, config.head_dim)
     return Runner(
-        model.config,
+        config.vocab_size,
+        [(shape, shape)] * layers,
         manifest={"dtype": "float32", "batch_size": BATCH, "capacity": CAPACITY},
         tokenizer=byte_tokenizer() if tokenizer else None,
         programs={"prefill": prefill, "decode": decode},
