@@ -69,6 +69,7 @@ def dsmoe(
 
     Raises: ConfigError for an unknown `dsmoe.` option, NotFusedError under `dsmoe.strict`.
     """
+    eager_loop.install()
     own, patches = read_options(options or {})
     if mode:
         patches = {**list_mode_options(mode), **patches}

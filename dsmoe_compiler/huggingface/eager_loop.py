@@ -6,7 +6,8 @@ computes the same sum in a form that can be traced.
 
 `install` wraps the one method by which experts modules choose their forward. Called eagerly, or traced for any other
 back end, it answers as before; models, configs and the registry are not touched. `torch.compile(backend="dsmoe")`
-calls `install`, at once if transformers is there, else at the start of the first compilation at which it is.
+calls `install`, at once if transformers is there, else at the start of the first compilation at which it is (which
+`torch._dynamo.reset()` forgets: then the back end does so itself, and the first graph after that misses it).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _exporting = False
 
 def traces_eager_experts(backend: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: a back end for which the eager loop is spelt traceably. Ours are; a recorder of graphs may be."""
+    install()
     backend.dsmoe_traces_eager_experts = True  # type: ignore[attr-defined]
     return backend
 

@@ -15,7 +15,7 @@ from dsmoe_compiler.huggingface.explaining import explained_call
 from dsmoe_runtime.errors import NotFusedError
 
 pytest.importorskip("transformers")
-from tests.passes.hf_models import prompt, tiny
+from tests.passes.hf_models import FAMILIES, prompt, tiny
 
 MOE, EXPERTS = "dsmoe::moe", "dsmoe::experts"
 
@@ -195,6 +195,29 @@ def test_generate_gives_eagers_tokens_for_a_left_padded_batch(cache: str) -> Non
     assert near(torch.stack(ours.logits), torch.stack(theirs.logits))
     assert len(seen) >= 2  # prefill and decode
     assert all(operators(explanation) == [MOE] for explanation in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_gives_eagers_tokens_for_64_steps(family: str, spelling: str) -> None:
+    """Every graph of the run with its layers fused; batched_mm and the eager loop beside the default."""
+    torch._dynamo.reset()  # all models of a family share code, and Dynamo compiles that for a few of them only
+    model, seen = tiny(family, experts_implementation=spelling), []
+    asked = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    theirs = model.generate(prompt(), **asked)
+
+    @traces_eager_experts
+    def fuse(gm: torch.fx.GraphModule, inputs: list) -> Any:
+        graph, explanation = backend.fuse(gm, inputs)
+        seen.append(explanation)
+        return graph.forward
+
+    model.forward = torch.compile(model.forward, backend=fuse)
+    assert torch.equal(model.generate(prompt(), **asked), theirs)
+    layers = [layer for explanation in seen for layer in explanation.layers]
+    assert len(layers) >= 4  # two of prefill, two of decode
+    assert all(layer.fused for layer in layers), [str(layer) for layer in layers if not layer.fused]
 
 
 def test_a_graph_that_torch_cannot_write_above_autograd_is_left_whole_and_said(
