@@ -32,7 +32,7 @@ from dsmoe_model.checkpoint import open_checkpoint
 from dsmoe_model.moe import MoE
 from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
-from dsmoe_runtime.errors import ConfigError, NotFusedError, VerificationError
+from dsmoe_runtime.errors import ConfigError, NotFusedError
 
 __all__ = ["compile", "explain", "load"]
 log = logging.getLogger(__name__)
@@ -67,14 +67,6 @@ def compile(
             transformer, batch=config.batch_size, capacity=capacity, debug=config.debug, progress=progress
         )
         phases = aoti.package(_phases(capture, config), stage.path, target=config.target, progress=progress)
-        explanation = capture.explanation()
-        facts: dict[str, Any] = {
-            "options": config.to_dict(),
-            "layers": explanation.to_dict()["layers"],
-            "passes": [f"{p.graph}: {p.name}, {p.rewritten} rewritten" for p in explanation.passes if p.rewritten],
-            "capture_seconds": explanation.capture_seconds,
-            "verification": None,
-        }
         artifact = artifacts.assemble(
             stage,
             phases,
@@ -85,7 +77,7 @@ def compile(
             batch_size=config.batch_size,
             capacity=capacity,
             source=loaded.source,
-            facts=facts,
+            facts=artifacts.facts_of(config, capture.explanation()),
         )
         if config.verify:
             result = prove(transformer, artifact, capture, config, progress)
@@ -135,12 +127,7 @@ def prove(
     def say(step: str) -> None:
         progress(f"verify: {step}")
 
-    result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say)
-    if not result.ok:
-        error = VerificationError(f"the compiled model is not the same model; nothing was written\n{result}")
-        error.result = result  # type: ignore[attr-defined]
-        raise error
-    return result
+    return verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say).require()
 
 
 def fused_layers(model: Transformer, capture: Capture) -> list[FusedLayer]:

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from dsmoe_compiler.config import DTYPES, TARGETS
+from dsmoe_compiler.config import DTYPES, TARGETS, CompileConfig
+from dsmoe_compiler.explanation import Explanation
 from dsmoe_compiler.runner import Runner, Shapes
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
@@ -128,6 +129,17 @@ def assemble(
         **facts,
     }
     return Artifact(stage, config=config, tokenizer=tokenizer, manifest=manifest)
+
+
+def facts_of(config: CompileConfig, explanation: Explanation) -> dict[str, Any]:
+    """The manifest's entries about what was asked for and what was fused; the proof is not there yet."""
+    return {
+        "options": config.to_dict(),
+        "layers": explanation.to_dict()["layers"],
+        "passes": [f"{p.graph}: {p.name}, {p.rewritten} rewritten" for p in explanation.passes if p.rewritten],
+        "capture_seconds": explanation.capture_seconds,
+        "verification": None,
+    }
 
 
 def load(

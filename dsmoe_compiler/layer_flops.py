@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from dsmoe_compiler.capture import EXPERTS_OP, MOE_OP
 from dsmoe_passes.result import layer_of
 
 aten = torch.ops.aten
-MOE_OP, EXPERTS_OP = torch.ops.dsmoe.moe.default, torch.ops.dsmoe.experts.default
 GATE_UP, SHARED = 13, 21  # operands of dsmoe::moe: gate_up, down; shared_gate_up, shared_down
 LINEAR = {aten.linear.default}
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.matmul.default, aten._grouped_mm.default}

@@ -10,16 +10,14 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import TypeVar
 
-import torch
 from torch import fx
 
-from dsmoe_compiler.capture import kernel_of
+from dsmoe_compiler.capture import EXPERTS_OP, MOE_OP, kernel_of
 from dsmoe_compiler.explanation import LayerReport
 from dsmoe_compiler.layer_flops import layer_flops
 from dsmoe_passes.pipeline import Step
 from dsmoe_passes.result import Refused, Rewritten, layer_of
 
-MOE_OP, EXPERTS_OP = torch.ops.dsmoe.moe.default, torch.ops.dsmoe.experts.default
 CALLED = "dsmoe::experts, called by the model"
 ADVICE = {
     "match_experts": "The layer runs as it was captured",

@@ -14,7 +14,7 @@ from torch import fx
 
 from dsmoe_compiler import artifact as artifacts
 from dsmoe_compiler.artifact import Artifact
-from dsmoe_compiler.capture import report_steps, trace
+from dsmoe_compiler.capture import EXPERTS_OP, MOE_OP, report_steps, trace
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.explanation import Explanation, LayerReport, PassReport
 from dsmoe_compiler.huggingface.folder import Pretrained, experts_run_as, stacked_experts
@@ -27,11 +27,10 @@ from dsmoe_compiler.targets import aoti
 from dsmoe_passes import pipeline
 from dsmoe_passes.region import call, item
 from dsmoe_passes.result import layer_of
-from dsmoe_runtime.errors import ConfigError, NotFusedError, TargetError, VerificationError
+from dsmoe_runtime.errors import ConfigError, NotFusedError, TargetError
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
-MOE_OP, EXPERTS_OP = torch.ops.dsmoe.moe.default, torch.ops.dsmoe.experts.default
 
 
 class PretrainedCapture:
@@ -81,12 +80,13 @@ class PretrainedCapture:
 def reports_of(model: Any, graph: fx.GraphModule, steps: list[pipeline.Step]) -> tuple[LayerReport, ...]:
     """One report for every module with stacked experts, in the model's order."""
     found = {clean(r.name): replace(r, name=clean(r.name)) for r in layer_reports(graph, steps)}
-    for name, _ in stacked_experts(model):
+    names = [name for name, _ in stacked_experts(model)]
+    for name in names:
         block = block_of(name)
         if block not in found and name not in found:
             reason = "nothing like routed experts was found in its part of the graph"
             found[block] = LayerReport(block, False, "", None, "as captured", reason)
-    order = {block_of(name): number for number, (name, _) in enumerate(stacked_experts(model))}
+    order = {block_of(name): number for number, name in enumerate(names)}
     return tuple(sorted(found.values(), key=lambda layer: order.get(layer.name, len(order))))
 
 
@@ -155,19 +155,12 @@ def compile_pretrained(pretrained: Pretrained, config: CompileConfig, progress: 
         capture = PretrainedCapture(pretrained, shapes, progress=progress)
         phases = capture.phases(strict=config.strict)
         reports = aoti.package(phases, stage.path, target=config.target, progress=progress)
-        explanation = capture.explanation()
-        facts: dict[str, Any] = {
-            "options": config.to_dict(),
-            "layers": explanation.to_dict()["layers"],
-            "passes": [f"{p.graph}: {p.name}, {p.rewritten} rewritten" for p in explanation.passes if p.rewritten],
-            "capture_seconds": explanation.capture_seconds,
-            "verification": None,
-            "transformers": {
-                "version": transformers.__version__,
-                "class": type(pretrained.model).__name__,
-                "vocab_size": pretrained.vocab_size,
-                "cache": [[list(key), list(value)] for key, value in shapes],
-            },
+        facts = artifacts.facts_of(config, capture.explanation())
+        facts["transformers"] = {
+            "version": transformers.__version__,
+            "class": type(pretrained.model).__name__,
+            "vocab_size": pretrained.vocab_size,
+            "cache": [[list(key), list(value)] for key, value in shapes],
         }
         artifact = artifacts.assemble(
             stage, reports, config=pretrained.model.config.to_dict(), tokenizer=pretrained.tokenizer,
@@ -176,11 +169,7 @@ def compile_pretrained(pretrained: Pretrained, config: CompileConfig, progress: 
         )  # fmt: skip
         if config.verify:
             result = prove(pretrained, artifact.runner(), shapes, capture.sizes, config=config, progress=progress)
-            artifact.manifest["verification"] = result.to_dict()
-            if not result.ok:
-                error = VerificationError(f"the compiled model is not the same model; nothing was written\n{result}")
-                error.result = result  # type: ignore[attr-defined]
-                raise error
+            artifact.manifest["verification"] = result.require().to_dict()
     except BaseException:
         stage.discard()
         raise

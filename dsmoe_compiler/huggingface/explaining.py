@@ -13,6 +13,7 @@ from torch import fx, nn
 from dsmoe_compiler import backend
 from dsmoe_compiler.explanation import Explanation, LayerReport
 from dsmoe_compiler.huggingface.eager_loop import traces_eager_experts
+from dsmoe_compiler.huggingface.folder import stacked_experts
 
 MANY = 256  # frames of a model that breaks often
 UNSEEN = "none of the captured graphs holds anything like its experts"
@@ -75,7 +76,7 @@ def merged(model: nn.Module, found: Sequence[Explanation]) -> tuple[list[LayerRe
             key = (layer.name, 0 if layer.name in whole else number)
             if key not in layers or layers[key].fused:
                 layers[key] = layer
-    holders = stacked(model)
+    holders = [name for name, _ in stacked_experts(model)]
     short = sum(name not in whole for name, _ in layers)
     covered = [name for name in holders if any(_covers(seen, name) for seen, _ in layers if seen in whole)]
     behind = [name for name in holders if name not in covered and any(_covers(seen, name) for seen, _ in layers)]
@@ -104,15 +105,6 @@ def reached(model: nn.Module, names: Sequence[str], inputs: Sequence[Any] | Mapp
 
 def _call(function: Callable[..., Any], inputs: Sequence[Any] | Mapping[str, Any]) -> Any:
     return function(**inputs) if isinstance(inputs, Mapping) else function(*inputs)
-
-
-def stacked(model: nn.Module) -> list[str]:
-    """The modules that hold stacked experts `[E, ., .]`, two tensors at least, in the model's order."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if sum(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)) >= 2
-    ]
 
 
 def _covers(layer: str, holder: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dsmoe_compiler.huggingface.versions import check
 from dsmoe_model.checkpoint import Tokenizer, load_tokenizer
 from dsmoe_model.checkpoint.config_json import CONFIG_LIMIT, WHOLE
 from dsmoe_model.checkpoint.index import checkpoint_folder, read_tensor_entries
@@ -22,7 +23,6 @@ from dsmoe_model.checkpoint.json_files import file_inside, read_json
 from dsmoe_runtime.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
-INSTALL = "pip install 'dsmoe-compiler[transformers]'"
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,9 @@ def structure_of(name: str | Path) -> Pretrained:
 def read_config(folder: Path) -> Any:
     """The configuration as transformers has it. Raises: ConfigError for a family that it does not have itself."""
     raw = read_json(file_inside(folder, "config.json", said_by=f"{str(folder)!r}"), limit=CONFIG_LIMIT)
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(
-            f"{str(folder)!r} has model_type {str(raw.get('model_type'))[:60]!r}, which transformers reads; it is "
-            f"not installed: {INSTALL}"
-        ) from None
+    check(f"{str(folder)!r} has model_type {str(raw.get('model_type'))[:60]!r}, which transformers reads")
+    import transformers
+
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -168,8 +164,12 @@ def experts_run_as(model: Any, implementation: str) -> Iterator[None]:
 
 
 def stacked_experts(model: Any) -> list[tuple[str, Any]]:
-    """The modules that hold stacked experts `[E, ., .]`, by their paths."""
-    return [(n, m) for n, m in model.named_modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]
+    """The modules that hold stacked experts `[E, ., .]`, two tensors at least, by their paths in the model's order."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if sum(p.dim() == 3 and p.shape[0] > 1 for p in module.parameters(recurse=False)) >= 2
+    ]
 
 
 def first_line(error: BaseException) -> str:

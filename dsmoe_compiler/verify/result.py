@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsmoe_runtime.errors import VerificationError
+
 
 @dataclass(frozen=True)
 class Check:
@@ -36,6 +38,14 @@ class Verification:
     def ok(self) -> bool:
         """Whether every check passed."""
         return all(check.ok for check in self.checks)
+
+    def require(self) -> Verification:
+        """Itself. Raises: VerificationError, unless every check passed; its `result` is this."""
+        if not self.ok:
+            error = VerificationError(f"the compiled model is not the same model; nothing was written\n{self}")
+            error.result = self  # type: ignore[attr-defined]
+            raise error
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""

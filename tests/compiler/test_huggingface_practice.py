@@ -171,6 +171,18 @@ def test_checkpointed_layers_are_fused_one_by_one() -> None:
     assert operators(explanation) == [MOE, MOE]
 
 
+def fusing(seen: list[Any]) -> Any:
+    """A back end that runs graphs as the passes left them, and what it did."""
+
+    @traces_eager_experts
+    def fuse(gm: torch.fx.GraphModule, inputs: list) -> Any:
+        graph, explanation = backend.fuse(gm, inputs)
+        seen.append(explanation)
+        return graph.forward
+
+    return fuse
+
+
 @pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_generate_gives_eagers_tokens_for_a_left_padded_batch(cache: str) -> None:
     model, seen = tiny("qwen3_moe", num_hidden_layers=1), []
@@ -181,13 +193,7 @@ def test_generate_gives_eagers_tokens_for_a_left_padded_batch(cache: str) -> Non
         prompt(), cache_implementation=cache, return_dict_in_generate=True, output_logits=True, **asked
     )
 
-    @traces_eager_experts
-    def fuse(gm: torch.fx.GraphModule, inputs: list) -> Any:
-        graph, explanation = backend.fuse(gm, inputs)
-        seen.append(explanation)
-        return graph.forward
-
-    model.forward = torch.compile(model.forward, backend=fuse)
+    model.forward = torch.compile(model.forward, backend=fusing(seen))
     ours = model.generate(
         prompt(), cache_implementation=cache, return_dict_in_generate=True, output_logits=True, **asked
     )
@@ -207,13 +213,7 @@ def test_generate_gives_eagers_tokens_for_64_steps(family: str, spelling: str) -
     asked = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
     theirs = model.generate(prompt(), **asked)
 
-    @traces_eager_experts
-    def fuse(gm: torch.fx.GraphModule, inputs: list) -> Any:
-        graph, explanation = backend.fuse(gm, inputs)
-        seen.append(explanation)
-        return graph.forward
-
-    model.forward = torch.compile(model.forward, backend=fuse)
+    model.forward = torch.compile(model.forward, backend=fusing(seen))
     assert torch.equal(model.generate(prompt(), **asked), theirs)
     layers = [layer for explanation in seen for layer in explanation.layers]
     assert len(layers) >= 4  # two of prefill, two of decode
