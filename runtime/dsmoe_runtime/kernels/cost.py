@@ -24,7 +24,8 @@ IN_FLIGHT, SATURATION = 16e3, 1.2  # bytes asked for ahead, on each multiprocess
 HALF_AREA = 6500  # elements of accumulators on a multiprocessor at which half of the products' rate is reached
 SMALL_ROWS = 0.78  # of the rate, for products of 16 and 32 rows, which are no warpgroup's
 NARROW, THREE_STAGES, TALL, SMALL_EIGHT_WARPS = 0.95, 0.90, 0.90, 0.87
-SPECIALISED_ROWS, SPECIALISED = 448, (1.02, 0.94)  # time of specialised kernels, from so many rows an expert on
+SPECIALISED_ROWS, SPECIALISED = 448, (1.02, 0.94)  # time of specialised kernels, from so many rows an expert on: V3's
+# experts (88 MB each, beyond the L2 cache) took 27.9 ms in them at 512 rows and 20.8 ms in the others
 SHARPNESS = 2.8  # how far memory and products hide each other: 1 adds, infinity takes the longer
 FLOAT_SHARE = 0.5  # of the float32 rate that an exact tl.dot reaches
 
@@ -119,7 +120,8 @@ def predict(shape: Shape, plan: Plan, device: Device) -> float:
         return parts
     size, slots = BYTES[shape.dtype], shape.tokens * shape.top_k
     if plan.specialised:
-        parts *= SPECIALISED[slots >= SPECIALISED_ROWS * shape.experts]
+        fits = 3 * shape.width * shape.hidden * size <= device.l2_bytes
+        parts *= SPECIALISED[fits and slots >= SPECIALISED_ROWS * shape.experts]
     combine = LAUNCH + 1e6 * (slots + shape.tokens) * shape.hidden * size / device.bandwidth
     return parts + combine + (_sort(slots) if plan.regime == "sorted" else 0.0)
 
