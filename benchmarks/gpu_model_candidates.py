@@ -96,14 +96,22 @@ class Ours:
 
 
 def inductor(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-    """A graph that holds its parameters, compiled for the sizes of `inputs`: no Dynamo, no second capture."""
+    """A graph that holds its parameters, compiled for the sizes of `inputs`: no Dynamo, no second capture.
+
+    Inductor caches only graphs whose sizes have an environment, which Dynamo would have given.
+    """
     import torch._inductor
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     own = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # the same parameters; the compiler rewrites the graph
     if inputs[0].is_cuda:
         masks_to_float(own)
     options = accepted(options_for(inputs))
-    return torch._inductor.compile(own, list(inputs), options=options)  # type: ignore[return-value]
+    fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with tracing(TracingContext(fake)):
+        return torch._inductor.compile(own, list(inputs), options=options)  # type: ignore[return-value]
 
 
 def reference(
