@@ -14,6 +14,7 @@ import torch
 
 import dsmoe_compiler as dsmoe
 from dsmoe_compiler import artifact as artifacts
+from dsmoe_compiler.cli import main
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.targets.onnx import compiling
 from dsmoe_model.checkpoint.shards import read_header
@@ -38,6 +39,22 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def test_explain_names_the_node_of_each_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = json.loads((made / "manifest.json").read_text())["onnx"]["nodes"]
+    assert main(["explain", str(made), "--strict"]) == 0
+    said = capsys.readouterr().out
+    assert nodes
+    assert all(layer in said and f"node {node}" in said for layer, node in nodes.items())
+    assert main(["explain", str(made), "--stage", "all"]) == 2
+
+
+def test_explain_says_that_a_manifest_is_damaged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers": [{"nome": "layers.0"}]}))
+    assert main(["explain", str(folder)]) == 1
+    assert "tells no layers" in capsys.readouterr().err
 
 
 def seal(folder: Path) -> None:
