@@ -18,6 +18,7 @@ from dsmoe_compiler.cli import main
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.targets.onnx import compiling
 from dsmoe_model.checkpoint.shards import read_header
+from dsmoe_runtime.agreement import row_error
 from dsmoe_runtime.errors import ArtifactError, ConfigError, TargetError, VerificationError
 
 pytest.importorskip("onnxruntime")
@@ -39,6 +40,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def test_the_library_runs_the_experts_of_a_whole_model(made: Path) -> None:
+    """Other sums than the body's, so logits differ by rounding, and the experts chosen and the tokens do not."""
+    ids = torch.randint(0, 16, (3, 9), generator=torch.Generator().manual_seed(0))
+    body, library = dsmoe.load(made), dsmoe.load(made, library=True)
+    first, second = (runner.prefill(ids, runner.new_cache()) for runner in (body, library))
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], second[0])
+    assert row_error(second[0], first[0].double()).max() < 64 * torch.finfo(torch.float32).eps
+    assert torch.equal(*(runner.generate(ids, max_new_tokens=8) for runner in (body, library)))
 
 
 def test_explain_names_the_node_of_each_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
