@@ -43,6 +43,7 @@ from benchmarks.gpu_timing import (
     tell,
     told,
 )
+from benchmarks.onnx_binding import replay
 from dsmoe_runtime.agreement import within_budget
 from dsmoe_runtime.ort_library.build import library
 
@@ -69,27 +70,13 @@ class Runtime:
         options.log_severity_level = 3
         options.add_session_config_entry("dsmoe.kernels", str(self.kernels))
         options.register_custom_ops_library(str(self.library))
-        run = onnxruntime.RunOptions()
         if self.device.type == "cuda":
             stream = str(torch.cuda.current_stream(self.device).cuda_stream)
             settings = {"user_compute_stream": stream, "enable_cuda_graph": "1", "use_tf32": "0"}
             provider = ("CUDAExecutionProvider", settings)
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            run.add_run_config_entry("disable_synchronize_execution_providers", "1")
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
-        binding = session.io_binding()
-        for bind, tensors in ((binding.bind_input, given), (binding.bind_output, taken)):
-            for name, tensor in tensors.items():
-                place = (self.device.type, self.device.index or 0, graphs.TYPES[tensor.dtype])
-                bind(name, *place, list(tensor.shape), tensor.data_ptr())
-
-        def once(held: tuple[Any, ...] = (given, taken)) -> None:  # a binding keeps no tensor alive
-            session.run_with_iobinding(binding, run)
-
-        made = Replay([once], self.device, graph=False)
-        for _ in range(3):  # the first runs allocate, then one is captured
-            made.run()
-        return made
+        return replay(session, given, taken, self.device)
 
 
 class Problem:

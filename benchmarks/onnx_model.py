@@ -1,7 +1,7 @@
-"""Steps of a model in ONNX Runtime on one H200: four layers of deepseek-moe-16b, random weights, bfloat16.
+"""Steps of a model in ONNX Runtime on one H200: four layers of deepseek-moe-16b, random weights.
 
     python -m benchmarks.onnx_model
-    python -m benchmarks.onnx_model --tokens 1 4096 --profiles ort-cuda
+    python -m benchmarks.onnx_model --dtypes bfloat16 --tokens 1 4096 --profiles ort-cuda
 
 One token behind --context positions, or a prompt. Ours is what `dsmoe compile --format onnx --profile ort-cuda`
 writes; beside it the profile ort-contrib (com.microsoft.MoE), and the compiler's own graphs through Inductor, all in
@@ -38,7 +38,7 @@ from benchmarks.gpu_timing import (
     tell,
     told,
 )
-from benchmarks.onnx_graphs import TYPES
+from benchmarks.onnx_binding import replay
 from dsmoe_compiler import CompileConfig
 from dsmoe_compiler.api import compile as compile_model
 from dsmoe_compiler.targets.onnx.opening import MODEL
@@ -48,7 +48,7 @@ from dsmoe_model.transformer import Transformer, build
 from dsmoe_runtime.agreement import within_budget
 
 LAYERS = 4
-TORCH = "dsmoe torch"
+OURS, CONTRIB, TORCH = "ort-cuda onnxruntime", "ort-contrib onnxruntime", "dsmoe torch"
 Made = tuple[Replay, candidates.Answer]
 
 
@@ -69,8 +69,6 @@ def open_folder(folder: Path, device: torch.device, *, graph: bool) -> Any:
 
 def step(folder: Path, problem: candidates.Problem, model: Transformer, *, context: int, graph: bool) -> Made:
     """One step over memory of torch's; captured ones are replayed from now on."""
-    import onnxruntime
-
     config, device, (batch, length) = model.config, problem.ids.device, problem.ids.shape
     past = context if problem.position is not None else 0
     given, taken = {"input_ids": problem.ids}, dict[str, Tensor]()
@@ -83,22 +81,7 @@ def step(folder: Path, problem: candidates.Problem, model: Transformer, *, conte
     layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
     experts = torch.empty(layers, batch * length, config.num_experts_per_tok, dtype=torch.int64, device=device)
     taken |= {"logits": logits, "experts": experts}
-    session, run = open_folder(folder, device, graph=graph), onnxruntime.RunOptions()
-    if device.type == "cuda":
-        run.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    binding = session.io_binding()
-    for bind, tensors in ((binding.bind_input, given), (binding.bind_output, taken)):
-        for name, tensor in tensors.items():
-            place = (device.type, device.index or 0, TYPES[tensor.dtype])
-            bind(name, *place, list(tensor.shape), tensor.data_ptr())
-
-    def once(held: tuple[Any, ...] = (given, taken)) -> None:  # a binding keeps no tensor alive
-        session.run_with_iobinding(binding, run)
-
-    made = Replay([once], device, graph=False)
-    for _ in range(3):  # the first runs allocate, then one is captured
-        made.run()
-    return made, (logits, experts)
+    return replay(open_folder(folder, device, graph=graph), given, taken, device), (logits, experts)
 
 
 def export(model: Transformer, profile: str, folder: Path, device: torch.device) -> Path:
@@ -112,7 +95,7 @@ def export(model: Transformer, profile: str, folder: Path, device: torch.device)
 
 def run_cell(
     session: Session, model: Transformer, exact: candidates.Exact, ours: candidates.Ours, folders: dict[str, Path],
-    tokens: int,
+    dtype: str, tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     """All candidates for one number of tokens: made, judged, then timed in turn."""
     start, arguments, device = time.perf_counter(), session.arguments, session.device
@@ -123,7 +106,7 @@ def run_cell(
     exact_eager = exact.logits(problem, chosen)
     record: dict[str, Any] = {
         "part": "model",
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "tokens": tokens,
         "layers": LAYERS,
         "candidates": {},
@@ -169,8 +152,34 @@ def run_cell(
         entry = record["candidates"][name]
         entry |= summary(seconds)
         entry["share_of_bound"] = record["bound_us"] / entry["median_us"]
+    medians = {name: entry.get("median_us") for name, entry in record["candidates"].items()}
+    for name, key in ((CONTRIB, "over_contrib"), (TORCH, "over_torch")):
+        if (other := medians.get(name)) and (mine := medians.get(OURS)):
+            record[key] = mine / other
     record["seconds"] = round(time.perf_counter() - start, 1)
     return record
+
+
+def run_dtype(session: Session, model: Transformer, dtype: str) -> None:
+    """All cells of one dtype: the model is exported once for each profile."""
+    arguments, device = session.arguments, session.device
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = dict[str, Path]()
+        for profile in arguments.profiles:
+            start = time.perf_counter()
+            folders[profile] = export(model, profile, Path(scratch), device)
+            tell(f"{dtype} {profile}: exported in {time.perf_counter() - start:.1f} s")
+        model = model.to(device)
+        exact, ours = candidates.Exact(model), candidates.Ours(model, compiled=arguments.compile)
+        for tokens in arguments.tokens:
+            if session.deadline.left < 0:
+                tell(f"no time left for {dtype} T={tokens}; --update measures it")
+                break
+            record = run_cell(session, model, exact, ours, folders, dtype, tokens)
+            session.keep(record)
+            for name, entry in record["candidates"].items():
+                tell(f"{dtype} T={tokens:<5} {name:24} {entry.get('median_us', entry)}")
+            release(device)
 
 
 def main() -> int:
@@ -178,6 +187,7 @@ def main() -> int:
 
     made = parser(__doc__ or "", budget=240)
     made.add_argument("--shape", default="deepseek-moe-16b", choices=PRESETS, help="whose layers")
+    made.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"], help="float32 to try it on a CPU")
     made.add_argument("--tokens", nargs="+", type=int, default=[1, 4096, 16, 256])
     made.add_argument("--profiles", nargs="+", default=["ort-cuda", "ort-contrib"])
     made.add_argument("--context", type=int, default=512, help="positions before the one token")
@@ -185,27 +195,13 @@ def main() -> int:
     torch.set_grad_enabled(False)
     session = Session("onnx_model", arguments, ("part", "dtype", "tokens"))
     session.record["environment"]["onnxruntime"] = onnxruntime.__version__
+    session.record |= {"limit_over_contrib": 1.0, "limit_over_torch": 1.1}
     device, config = session.device, replace(PRESETS[arguments.shape], num_hidden_layers=LAYERS)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream(device))  # ONNX Runtime captures no default stream
-    model = build(config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device, seed=0)
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = dict[str, Path]()
-        for profile in arguments.profiles:
-            start = time.perf_counter()
-            folders[profile] = export(model, profile, Path(scratch), device)
-            tell(f"{profile}: exported in {time.perf_counter() - start:.1f} s")
-        model = model.to(device)
-        exact, ours = candidates.Exact(model), candidates.Ours(model, compiled=arguments.compile)
-        for tokens in arguments.tokens:
-            if session.deadline.left < 0:
-                tell(f"no time left for T={tokens}")
-                break
-            record = run_cell(session, model, exact, ours, folders, tokens)
-            session.keep(record)
-            for name, entry in record["candidates"].items():
-                tell(f"T={tokens:<5} {name:24} {entry.get('median_us', entry)}")
-            release(device)
+    for dtype in arguments.dtypes:
+        run_dtype(session, build(config, dtype=getattr(torch, dtype), device=device, seed=0), dtype)
+        release(device)
     told(session)
     return 0
 

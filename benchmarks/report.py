@@ -26,6 +26,7 @@ GPU = {
     "gpu_training": gpu_report.training,
     "gpu_model": gpu_report.model,
     "onnx_gpu": onnx_report.gpu,
+    "onnx_model": onnx_report.gpu,
 }
 
 

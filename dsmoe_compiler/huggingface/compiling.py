@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from dsmoe_compiler import artifact as artifacts
 from dsmoe_compiler.artifact import Artifact
@@ -56,25 +56,39 @@ class PretrainedCapture:
             start = time.perf_counter()
             self.progress(f"capture: {name}")
             inputs, free = example_inputs(self.pretrained, name, self.shapes)
-            with experts_run_as(self.pretrained.model, "grouped_mm"):  # eager's loop cannot be traced
-                graph = trace(PHASES[name](self.pretrained.model).eval(), inputs, free, functional=True)
-            steps = pipeline.run(graph, dump=self.dump)
-            self.passes += report_steps(name, steps)
-            self.layers = reports_of(self.pretrained.model, graph, steps)
-            left = [layer for layer in self.layers if not layer.fused]
-            for layer in left:
-                log.warning("%s: %s is left alone: %s", name, layer.name, layer.reason)
-            if left and strict:
-                count = f"{len(left)} of {len(self.layers)} layers were left alone"
-                raise NotFusedError(f"strict: {count}; {left[0].name}: {left[0].reason}")
-            check_portable(graph, left)
-            self.sizes = tell_experts(graph)
+            step = PHASES[name](self.pretrained.model)
+            graph, found, self.sizes = capture_pretrained(
+                self.pretrained.model, name, step, inputs, free, dump=self.dump, strict=strict
+            )
+            self.passes += found.passes
+            self.layers = found.layers
             self.seconds += time.perf_counter() - start
             yield Phase(name, graph, inputs)
 
     def explanation(self) -> Explanation:
         """What happened to every layer, as the last phase's graph shows."""
         return Explanation(self.layers, tuple(self.passes), self.seconds)
+
+
+def capture_pretrained(
+    model: Any, name: str, step: nn.Module, inputs: Any, free: Any, *, dump: str | None = None, strict: bool = False
+) -> tuple[fx.GraphModule, Explanation, Sizes]:
+    """A step around a transformers model: its fused graph, which tells the experts too, and what became of each layer.
+
+    Raises: NotFusedError under `strict`, TargetError for an operator that a package cannot carry.
+    """
+    with experts_run_as(model, "grouped_mm"):  # eager's loop cannot be traced
+        graph = trace(step.eval(), inputs, free, functional=True)
+    steps = pipeline.run(graph, dump=dump)
+    layers = reports_of(model, graph, steps)
+    left = [layer for layer in layers if not layer.fused]
+    for layer in left:
+        log.warning("%s: %s is left alone: %s", name, layer.name, layer.reason)
+    if left and strict:
+        count = f"{len(left)} of {len(layers)} layers were left alone"
+        raise NotFusedError(f"strict: {count}; {left[0].name}: {left[0].reason}")
+    check_portable(graph, left)
+    return graph, Explanation(layers, tuple(report_steps(name, steps))), tell_experts(graph)
 
 
 def reports_of(model: Any, graph: fx.GraphModule, steps: list[pipeline.Step]) -> tuple[LayerReport, ...]:

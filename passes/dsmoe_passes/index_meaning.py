@@ -32,14 +32,6 @@ aten = torch.ops.aten
 EXACT = {torch.int32, torch.int64, torch.float32, torch.float64}  # hold every expert id, slot and count
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default}
 SAME = {aten.clone.default, aten.alias.default, aten.contiguous.default, aten.detach.default, aten.squeeze.dim}
-EMPTY = {
-    aten.empty_like.default,
-    aten.zeros_like.default,
-    aten.empty.memory_format,
-    aten.zeros.default,
-    aten.new_empty.default,
-    aten.new_zeros.default,
-}
 SORTS = {aten.sort.default, aten.sort.stable}
 ARGSORTS = {aten.argsort.default, aten.argsort.stable}
 

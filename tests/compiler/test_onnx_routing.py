@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dsmoe_compiler.targets.onnx.function import add_functions
 from dsmoe_compiler.targets.onnx.op import OP_TYPE, check_nodes
-from dsmoe_compiler.targets.onnx.routing import TRANSLATIONS, translations
+from dsmoe_compiler.targets.onnx.routing import translations
 from dsmoe_runtime.agreement import assert_within_budget, routing_agreement, row_error
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.ops.experts import run_experts
@@ -50,13 +50,18 @@ class Layers(nn.Module):
         return results
 
 
-def exported(module: nn.Module, inputs: tuple[Tensor, ...], *, table: Any = TRANSLATIONS) -> onnx.ModelProto:
+def exported(module: nn.Module, inputs: tuple[Tensor, ...], *, table: Any = None) -> onnx.ModelProto:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         free = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
         program = torch.export.export(module, inputs, dynamic_shapes=free)
         made = torch.onnx.export(
-            program, dynamo=True, opset_version=23, custom_translation_table=table, optimize=False, verbose=False
+            program,
+            dynamo=True,
+            opset_version=23,
+            custom_translation_table=table or translations(),
+            optimize=False,
+            verbose=False,
         )
     model = made.model_proto
     add_functions(model)

@@ -18,8 +18,9 @@ from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.huggingface.folder import Pretrained
 from dsmoe_compiler.loading import Loaded
 from dsmoe_compiler.staging import Stage
-from dsmoe_compiler.targets.onnx.export import OPSET, finished, translate
+from dsmoe_compiler.targets.onnx.export import finished, translate
 from dsmoe_compiler.targets.onnx.external import move_out
+from dsmoe_compiler.targets.onnx.op import OPSET
 from dsmoe_compiler.targets.onnx.opening import MODEL
 from dsmoe_compiler.targets.onnx.profiles import accompany, lowered
 from dsmoe_compiler.targets.onnx.proof import prove

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from dsmoe_compiler.targets.onnx.layer import LAYER_TYPE
-from dsmoe_compiler.targets.onnx.op import DOMAIN, OP_TYPE, register_schema
+from dsmoe_compiler.targets.onnx.op import DOMAIN, OP_TYPE, OPSET, register_schema
 from dsmoe_compiler.targets.onnx.routing import translations
 from dsmoe_compiler.targets.onnx.spelling import respell
 from dsmoe_runtime.errors import TargetError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 INLINE = 1024  # bytes; larger constants are weights: not computed with while exporting, which would copy them
 DIMENSIONS = ("batch", "sequence", "past")
 

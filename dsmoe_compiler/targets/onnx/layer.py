@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dsmoe_compiler.targets.onnx.op import DOMAIN, TYPES, VERSION, Attributes, attribute_values, nodes_of
+from dsmoe_compiler.targets.onnx.op import TYPE_VARIABLES, TYPES, Attributes, attribute_values, nodes_of, register
 from dsmoe_runtime.errors import ArtifactError, ConfigError
 from dsmoe_runtime.ops.moe import ROUTER_DTYPES
 from dsmoe_runtime.ops.route import check_routing
@@ -70,33 +70,12 @@ def register_layer() -> None:
     """Make the op known to onnx in this process, as `op.register_schema` does."""
     from onnx import defs
 
-    try:
-        defs.get_schema(LAYER_TYPE, VERSION, DOMAIN)
-        return
-    except defs.SchemaError:
-        pass
-    option = defs.OpSchema.FormalParameterOption
-    kinds = {name: option.Single if name in REQUIRED else option.Optional for name, _, _ in INPUTS}
     types = {int: defs.OpSchema.AttrType.INT, float: defs.OpSchema.AttrType.FLOAT, str: defs.OpSchema.AttrType.STRING}
     wanted = {name: getattr(types[kind], "value", types[kind]) for name, kind in fields().items()}
-    schema = defs.OpSchema(
-        LAYER_TYPE,
-        DOMAIN,
-        VERSION,
-        doc=DOC,
-        inputs=[defs.OpSchema.FormalParameter(n, kind, text, param_option=kinds[n]) for n, kind, text in INPUTS],
-        outputs=[
-            defs.OpSchema.FormalParameter("y", "T", "[T, H]"),
-            defs.OpSchema.FormalParameter("experts", "tensor(int64)", "[T, K], the experts that made it"),
-        ],
-        type_constraints=[
-            ("T", list(TYPES), "The tokens, the weights of the experts and the result."),
-            *((name, list(TYPES), "Of the gate.") for name in ("R", "R2", "R3")),
-        ],
-        attributes=[defs.OpSchema.Attribute(name, kind, "", required=True) for name, kind in wanted.items()],
-    )
-    schema.set_type_and_shape_inference_function(_infer)
-    defs.register_schema(schema)
+    attributes = [defs.OpSchema.Attribute(name, kind, "", required=True) for name, kind in wanted.items()]
+    outputs = [("y", "T", "[T, H]"), ("experts", "tensor(int64)", "[T, K], the experts that made it")]
+    variables = [*TYPE_VARIABLES, *((name, list(TYPES), "Of the gate.") for name in ("R", "R2", "R3"))]
+    register(LAYER_TYPE, DOC, INPUTS, REQUIRED, outputs, variables, attributes, _infer)
 
 
 def fields() -> dict[str, type]:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dsmoe_compiler.targets.onnx.export import OPSET, quiet, simplified
+from dsmoe_compiler.targets.onnx.export import quiet, simplified
 from dsmoe_compiler.targets.onnx.layer import INPUTS, LAYER_TYPE, Kind, fields, kind_of, layers_of
-from dsmoe_compiler.targets.onnx.op import DOMAIN, VERSION
+from dsmoe_compiler.targets.onnx.op import DOMAIN, OPSET, VERSION
 from dsmoe_compiler.targets.onnx.routing import translations
 from dsmoe_runtime.ops.activation import has_gate
 

@@ -7,7 +7,7 @@ files pass, `check_nodes` does not. T tokens, H hidden size, E experts, I expert
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsmoe_runtime.errors import ArtifactError, ConfigError
@@ -17,6 +17,7 @@ from dsmoe_runtime.ops.experts import LAYOUTS
 if TYPE_CHECKING:
     import onnx
 
+OPSET = 23  # of the models that we write: the first with Attention, RMSNormalization and RotaryEmbedding
 DOMAIN, OP_TYPE, VERSION = "dsmoe", "DsMoE", 1
 TYPES = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 INPUTS = (  # name, type, description; those after `down` are given both or not at all
@@ -28,7 +29,8 @@ INPUTS = (  # name, type, description; those after `down` are given both or not 
     ("gate_up_bias", "T", "[E, 2I], in the order of gate_up's rows; [E, I] without a gate"),
     ("down_bias", "T", "[E, H]"),
 )
-REQUIRED = 5
+REQUIRED = tuple(name for name, _, _ in INPUTS[:5])
+TYPE_VARIABLES = [("T", list(TYPES), "The tokens, the weights of the experts and the result.")]
 DOC = """The routed experts of a mixture-of-experts layer, given their routing:
 y[t] = sum over k of weights[t, k] * expert(experts[t, k])(x[t]), slots summed in float32 in the order of k and rounded
 once. The same input gives the same bits on every run. docs/onnx-op.md of dsmoe-compiler is the specification."""
@@ -61,26 +63,42 @@ def register_schema() -> None:
     """Make the op known to onnx in this process (checker, shape inference, onnxscript); any number of times."""
     from onnx import defs
 
+    attributes = [defs.OpSchema.Attribute(name, _attribute(name, default), "") for name, default in DEFAULTS.items()]
+    register(OP_TYPE, DOC, INPUTS, REQUIRED, [("y", "T", "[T, H]")], TYPE_VARIABLES, attributes, _infer)
+
+
+def register(
+    op_type: str,
+    doc: str,
+    inputs: Sequence[tuple[str, str, str]],
+    required: Collection[str],
+    outputs: Sequence[tuple[str, str, str]],
+    variables: Sequence[tuple[str, list[str], str]],
+    attributes: Sequence[Any],
+    infer: Callable[[Any], None],
+) -> None:
+    """Make an op of our domain known to onnx, unless it is. Inputs and outputs are names, types, descriptions."""
+    from onnx import defs
+
     try:
-        defs.get_schema(OP_TYPE, VERSION, DOMAIN)
+        defs.get_schema(op_type, VERSION, DOMAIN)
         return
     except defs.SchemaError:
         pass
-    kinds = (defs.OpSchema.FormalParameterOption.Single, defs.OpSchema.FormalParameterOption.Optional)
+    parameter, option = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption
     schema = defs.OpSchema(
-        OP_TYPE,
+        op_type,
         DOMAIN,
         VERSION,
-        doc=DOC,
+        doc=doc,
         inputs=[
-            defs.OpSchema.FormalParameter(name, kind, text, param_option=kinds[index >= REQUIRED])
-            for index, (name, kind, text) in enumerate(INPUTS)
+            parameter(*each, param_option=option.Single if each[0] in required else option.Optional) for each in inputs
         ],
-        outputs=[defs.OpSchema.FormalParameter("y", "T", "[T, H]")],
-        type_constraints=[("T", list(TYPES), "The tokens, the weights of the experts and the result.")],
-        attributes=[defs.OpSchema.Attribute(name, _attribute(name, default), "") for name, default in DEFAULTS.items()],
+        outputs=[parameter(*each) for each in outputs],
+        type_constraints=list(variables),
+        attributes=list(attributes),
     )
-    schema.set_type_and_shape_inference_function(_infer)
+    schema.set_type_and_shape_inference_function(infer)
     defs.register_schema(schema)
 
 
@@ -124,8 +142,8 @@ def attribute_values(node: onnx.NodeProto, types: dict[str, type], what: str) ->
 def has_biases(node: onnx.NodeProto) -> bool:
     """Whether a DsMoE node has its biases; ArtifactError if its inputs and outputs are not those of the op."""
     present = [bool(name) for name in node.input]
-    biases = sum(present[REQUIRED:])
-    if len(present) > len(INPUTS) or sum(present[:REQUIRED]) < REQUIRED or len(node.output) != 1:
+    biases = sum(present[len(REQUIRED) :])
+    if len(present) > len(INPUTS) or present[: len(REQUIRED)] != [True] * len(REQUIRED) or len(node.output) != 1:
         raise ArtifactError(
             f"{label(node)}: it has inputs {list(node.input)} and outputs {list(node.output)}; the op takes "
             f"{', '.join(name for name, _, _ in INPUTS)} (the last two may be missing) and gives y"

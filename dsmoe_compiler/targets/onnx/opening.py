@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsmoe_compiler.targets.onnx.export import OPSET
 from dsmoe_compiler.targets.onnx.layer import kind_of, layers_of
-from dsmoe_compiler.targets.onnx.op import DOMAIN, VERSION, check_nodes
+from dsmoe_compiler.targets.onnx.op import DOMAIN, OPSET, VERSION, check_nodes
 from dsmoe_compiler.targets.weights import WEIGHTS
 from dsmoe_model.checkpoint.shards import DTYPES, read_header, read_tensor
 from dsmoe_runtime.errors import ArtifactError

@@ -284,6 +284,3 @@ def _opset() -> Any:
     from onnxscript import opset23
 
     return opset23
-
-
-TRANSLATIONS = translations()

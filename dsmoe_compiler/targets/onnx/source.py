@@ -6,7 +6,6 @@ there.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,8 +17,8 @@ from dsmoe_compiler.blocks import swapped
 from dsmoe_compiler.capture import EXPERTS_OP, MOE_OP, Capture, report_steps, trace
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.explanation import Explanation
-from dsmoe_compiler.huggingface.compiling import check_portable, reports_of, tell_experts
-from dsmoe_compiler.huggingface.folder import Pretrained, experts_run_as
+from dsmoe_compiler.huggingface.compiling import capture_pretrained
+from dsmoe_compiler.huggingface.folder import Pretrained
 from dsmoe_compiler.huggingface.phases import cache_shapes
 from dsmoe_compiler.huggingface.proof import prove as prove_pretrained
 from dsmoe_compiler.loading import Loaded
@@ -32,7 +31,6 @@ from dsmoe_passes import pipeline
 from dsmoe_passes.result import layer_of
 from dsmoe_runtime.agreement import OTHER_KERNELS
 
-log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 NAME = "step"
 
@@ -83,14 +81,9 @@ class PretrainedSource:
         self.shapes = cache_shapes(self.pretrained, batch=1, capacity=1)
         progress("capture: step")
         self.inputs, self.free = example_inputs(self.shapes, pretrained.dtype)
-        with experts_run_as(model, "grouped_mm"):  # eager's loop cannot be traced
-            self.graph = trace(PretrainedStep(model).eval(), self.inputs, self.free, functional=True)
-        steps = pipeline.run(self.graph)
-        self.explained = Explanation(reports_of(model, self.graph, steps), tuple(report_steps(NAME, steps)))
-        for layer in self.explained.left_alone:
-            log.warning("%s is left alone: %s", layer.name, layer.reason)
-        check_portable(self.graph, list(self.explained.left_alone))
-        self.sizes = tell_experts(self.graph)
+        self.graph, self.explained, self.sizes = capture_pretrained(
+            model, NAME, PretrainedStep(model), self.inputs, self.free
+        )
         self.facts = {
             "transformers": {
                 "version": transformers.__version__,

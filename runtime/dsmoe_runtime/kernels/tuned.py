@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dsmoe_runtime.cache import cache_folder
 from dsmoe_runtime.kernels.gpu import Device
 from dsmoe_runtime.kernels.plan import REGIMES, Plan, Shape, Tile
 
@@ -45,18 +46,10 @@ class Entry:
     default_us: float
 
 
-def cache_folder() -> Path:
-    """Where the user's tables are: `tuned` in $DSMOE_CACHE_DIR, else `dsmoe/tuned` in $XDG_CACHE_HOME (~/.cache)."""
-    own = os.environ.get("DSMOE_CACHE_DIR")
-    if own:
-        return Path(own).expanduser() / "tuned"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmoe" / "tuned"
-
-
 def user_table(device: Device, dtype: str) -> Path:
     """The file of this user for a GPU, a dtype and the release of Triton that is installed."""
     name = "".join(c if c.isalnum() else "-" for c in device.name.removeprefix("NVIDIA ").lower())
-    return cache_folder() / f"{name}_{device.multiprocessors}_{dtype}_triton{triton_release()}.json"
+    return cache_folder("tuned") / f"{name}_{device.multiprocessors}_{dtype}_triton{triton_release()}.json"
 
 
 @cache

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dsmoe_runtime.cache import cache_folder
 from dsmoe_runtime.errors import TargetError
 
 FOLDER = Path(__file__).parent
@@ -52,7 +53,7 @@ def library() -> Path:
         TargetError: there is no C++ compiler, or it fails, or the cache is not the user's own.
     """
     command = compiler()
-    path = cache_folder() / _key(command) / NAME
+    path = cache_folder("ort") / _key(command) / NAME
     _own(path.parent)
     if not path.exists():
         _build(command, path)
@@ -80,14 +81,6 @@ def compiler() -> list[str]:
         f"no C++ compiler to build the ONNX Runtime library with: none of {', '.join(COMPILERS)} is in PATH; "
         f"install one (Debian: apt-get install g++) or name it with CXX; {WITHOUT}"
     )
-
-
-def cache_folder() -> Path:
-    """Where built libraries are: `ort` in $DSMOE_CACHE_DIR, else `dsmoe/ort` in $XDG_CACHE_HOME (~/.cache)."""
-    own = os.environ.get("DSMOE_CACHE_DIR")
-    if own:
-        return Path(own).expanduser() / "ort"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmoe" / "ort"
 
 
 def _key(command: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_runtime.errors import TargetError
+from dsmoe_runtime.ops.activation import has_gate
 from dsmoe_runtime.ops.moe import shared_layout
 from dsmoe_runtime.ort_library.layer import ROUTER, Layer, MoELayer
 
@@ -30,7 +31,7 @@ class Plans(NamedTuple):
 def inputs(layer: Layer | MoELayer, tokens: Any) -> dict[str, Tensor | None]:
     """The operator's inputs by their names, in their order, without memory; None where there is none."""
     routed = layer.routed
-    halves = 1 if routed.layout.startswith("ungated") else 2
+    halves = 2 if has_gate(routed.layout) else 1
     gate_up, down = (
         (routed.experts, halves * routed.width, routed.hidden),
         (routed.experts, routed.hidden, routed.width),
