@@ -20,6 +20,7 @@ from dsmoe_compiler.loading import Loaded
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets.onnx.export import finished, translate
 from dsmoe_compiler.targets.onnx.external import move_out
+from dsmoe_compiler.targets.onnx.grouped_attention import group_attention
 from dsmoe_compiler.targets.onnx.op import OPSET
 from dsmoe_compiler.targets.onnx.opening import MODEL
 from dsmoe_compiler.targets.onnx.profiles import accompany, lowered
@@ -52,7 +53,7 @@ def compile_onnx(model: Loaded | Pretrained, config: CompileConfig, progress: Ca
     refuse_left_alone(source, config)
     stage = Stage()
     try:
-        facts = write(source, stage.path, config, what=model.source, progress=progress)
+        facts = write(source, stage.path, config, what=model.source, capacity=capacity, progress=progress)
         if pretrained:
             cache = [[list(key), list(value)] for key, value in sized(source.shapes, batch=1, capacity=capacity)]
             source.facts["transformers"]["cache"] = cache
@@ -101,6 +102,7 @@ def write(
     config: CompileConfig,
     *,
     what: str,
+    capacity: int,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Fill `folder` with the model and its weights: what the manifest says of them."""
@@ -111,7 +113,11 @@ def write(
         layers=config.profile == "ort-cuda",
     )  # fmt: skip
     move_out(model, folder, progress=progress)
-    proto, least, nodes = lowered(finished(model, layers), layers, config)
+    proto = finished(model, layers)
+    if config.target == "cuda":
+        for reason in group_attention(proto, capacity):
+            progress(f"onnx: attention in standard operators, {reason}")
+    proto, least, nodes = lowered(proto, layers, config)
     data = proto.SerializeToString()
     (folder / MODEL).write_bytes(data)
     progress(f"onnx: {len(proto.graph.node)} nodes, {len(data) / 2**20:.2f} MB beside the weights")

@@ -22,8 +22,7 @@ from dsmoe_compiler.targets.onnx.function import add_functions, minimum_onnxrunt
 from dsmoe_compiler.targets.onnx.layer import why_not
 from dsmoe_compiler.targets.onnx.layer_function import add_layer_functions
 from dsmoe_compiler.targets.onnx.nodes import shape
-from dsmoe_compiler.targets.onnx.runner import KERNELS, LIBRARY
-from dsmoe_compiler.targets.onnx.session import PROVIDERS
+from dsmoe_compiler.targets.onnx.session import KERNELS, LIBRARY, PROVIDERS
 from dsmoe_runtime.ops.activation import has_gate
 from dsmoe_runtime.ort_library.layer import Layer, MoELayer
 

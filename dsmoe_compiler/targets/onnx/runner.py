@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from dsmoe_compiler.runner import Runner, Shapes
-from dsmoe_compiler.targets.onnx.session import StepSession
+from dsmoe_compiler.targets.onnx.session import LIBRARY, StepSession
 from dsmoe_model.attention import KVCache
 from dsmoe_model.checkpoint import Tokenizer
 from dsmoe_runtime.errors import ArtifactError, InputError
 
 DTYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
-LIBRARY, KERNELS = "libdsmoe_ort.so", "kernels"  # of profile ort-cuda, beside the model
 
 
 def open_onnx(

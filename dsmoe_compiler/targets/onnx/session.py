@@ -27,6 +27,7 @@ INSTALL = {
     "cpu": f'pip install "onnxruntime>={LEAST_ONNXRUNTIME}"',
     "cuda": f'pip install "onnxruntime-gpu>={LEAST_ONNXRUNTIME}"',
 }
+LIBRARY, KERNELS = "libdsmoe_ort.so", "kernels"  # of profile ort-cuda, beside the model
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}  # as onnx.TensorProto numbers them
 NAMES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
@@ -100,6 +101,9 @@ def open_session(
         options.intra_op_num_threads = threads
     if library is not None:
         options.register_custom_ops_library(str(library))
+        kernels = library.parent / KERNELS  # said, since a library that was loaded and then moved looks where it was
+        if kernels.is_dir():
+            options.add_session_config_entry("dsmoe.kernels", str(kernels))
     providers: list[Any] = [PROVIDERS[device.type]]
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
