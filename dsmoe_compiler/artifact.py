@@ -31,7 +31,8 @@ from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
 from dsmoe_compiler.targets.aoti import PhaseReport
 from dsmoe_compiler.targets.onnx.opening import check_model
-from dsmoe_compiler.targets.onnx.runner import KERNELS, open_onnx
+from dsmoe_compiler.targets.onnx.runner import open_onnx
+from dsmoe_compiler.targets.onnx.session import KERNELS
 from dsmoe_compiler.targets.package import Program, open_package
 from dsmoe_compiler.targets.replay import Replayed
 from dsmoe_compiler.targets.weights import WEIGHTS, read_weights

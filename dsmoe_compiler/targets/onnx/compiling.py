@@ -20,6 +20,7 @@ from dsmoe_compiler.loading import Loaded
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets.onnx.export import finished, translate
 from dsmoe_compiler.targets.onnx.external import move_out
+from dsmoe_compiler.targets.onnx.fewer_kernels import fewer_kernels
 from dsmoe_compiler.targets.onnx.grouped_attention import group_attention
 from dsmoe_compiler.targets.onnx.op import OPSET
 from dsmoe_compiler.targets.onnx.opening import MODEL
@@ -28,6 +29,9 @@ from dsmoe_compiler.targets.onnx.proof import prove
 from dsmoe_compiler.targets.onnx.runner import OnnxRunner
 from dsmoe_compiler.targets.onnx.session import check_exporter, check_provider
 from dsmoe_compiler.targets.onnx.source import PretrainedSource, ReferenceSource, layers_of, sized
+from dsmoe_passes import pipeline
+from dsmoe_passes.join_linears import join_linears
+from dsmoe_passes.pack_weights import pack_weights
 from dsmoe_runtime.errors import NotFusedError, TargetError
 
 NO_BFLOAT16 = (
@@ -107,6 +111,8 @@ def write(
 ) -> dict[str, Any]:
     """Fill `folder` with the model and its weights: what the manifest says of them."""
     layers = layers_of(source.graph, source.explanation())
+    if config.target == "cuda":
+        pipeline.run(source.graph, passes=(join_linears, pack_weights))
     progress(f"onnx: {len(source.graph.graph.nodes)} nodes to opset {OPSET}")
     model = translate(
         source.graph, source.inputs, source.free, what=what, native=config.target == "cuda",
@@ -117,6 +123,7 @@ def write(
     if config.target == "cuda":
         for reason in group_attention(proto, capacity):
             progress(f"onnx: attention in standard operators, {reason}")
+        fewer_kernels(proto)
     proto, least, nodes = lowered(proto, layers, config)
     data = proto.SerializeToString()
     (folder / MODEL).write_bytes(data)

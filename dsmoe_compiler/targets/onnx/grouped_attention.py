@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import onnx
 
 HEADS_FIRST = [0, 2, 1, 3]
+ROWS = ["batch", "sequence"]  # the first sizes of a step's activations
 SIZES = ((2, 3, 5), (1, 1, 4), (1, 4, 0), (2, 7, 2))  # B, S, P that masks and angles are tried for
 LARGEST_HEAD = 256
 HIDDEN = -1e4  # what is added to a score at most, where a token is not seen
@@ -206,17 +207,27 @@ class Graph:
         name, present = node.output[0], list(node.input[1:3])
         options: dict[str, Any] = {"num_heads": heads, "kv_num_heads": groups, "do_rotary": 1}
         options |= {"scale": attributes["scale"]} if attributes.get("scale") else {}
-        flat = [f"{name}/{side}" for side in ("query", "key", "value", "answer")]
+        answer, joint = f"{name}/answer", self.joint(given)
+        flat = [joint, "", ""] if joint else [f"{name}/{side}" for side in ("query", "key", "value")]
         self.instead[name] = [
-            *(self.reshape(x, y, [0, 0, -1]) for x, y in zip(given, flat, strict=False)),
+            *(self.reshape(x, y, [0, 0, -1]) for x, y in zip(given, flat, strict=True) if not joint),
             helper.make_node(
-                "GroupQueryAttention", [*flat[:3], *past, *self.totals(past[0]), *tables], [flat[3], *present],
+                "GroupQueryAttention", [*flat, *past, *self.totals(past[0]), *tables], [answer, *present],
                 name=f"{name}/GroupQueryAttention", domain=CONTRIB, **options,
             ),
-            self.reshape(flat[3], f"{name}/heads_last", [0, 0, heads, width]),
+            self.reshape(answer, f"{name}/heads_last", [0, 0, heads, width]),
             helper.make_node("Transpose", [f"{name}/heads_last"], [name], perm=HEADS_FIRST),
         ]  # fmt: skip
         self.gone |= set(present)
+
+    def joint(self, given: list[str]) -> str:
+        """The one tensor of which queries, keys and values are parts in this order; empty if there is none."""
+        parts = [self.makers.get(name) for name in given]
+        sources = [part.input[0] for part in parts if part is not None and part.op_type == "Reshape"]
+        split = self.makers.get(sources[0]) if sources else None
+        if split is None or split.op_type != "Split" or list(split.output) != sources:
+            return ""
+        return split.input[0] if self.shapes.get(split.input[0], [])[:2] == ROWS else ""
 
     def reshape(self, value: str, name: str, sizes: list[int]) -> onnx.NodeProto:
         """A node that reshapes; 0 is a size that stays."""

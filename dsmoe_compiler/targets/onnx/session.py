@@ -100,10 +100,10 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     if library is not None:
-        options.register_custom_ops_library(str(library))
         kernels = library.parent / KERNELS  # said, since a library that was loaded and then moved looks where it was
         if kernels.is_dir():
-            options.add_session_config_entry("dsmoe.kernels", str(kernels))
+            options.add_session_config_entry("dsmoe.kernels", str(kernels))  # read when the library is registered
+        options.register_custom_ops_library(str(library))
     providers: list[Any] = [PROVIDERS[device.type]]
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
