@@ -47,8 +47,11 @@ def join(graph: fx.Graph, x: fx.Node, nodes: list[fx.Node]) -> None:
     for weight in weights:
         first.prepend(weight)  # type: ignore[arg-type]
     joined = call(graph, aten.cat.default, (weights,), before=first, like=first)
-    product = call(graph, aten.linear.default, (x, joined), before=first, like=first)
     sizes = [node.meta["val"].shape[-1] for node in nodes]
+    with graph.inserting_before(first):
+        product = graph.call_function(aten.linear.default, (x, joined))
+    whole = first.meta["val"]
+    product.meta = {**first.meta, "val": whole.new_empty((*whole.shape[:-1], sum(sizes)))}
     parts = call(graph, aten.split_with_sizes.default, (product, sizes, -1), before=first, like=first)
     for at, node in enumerate(nodes):
         node.replace_all_uses_with(item(graph, parts, at, before=first))
