@@ -8,6 +8,7 @@ from benchmarks.gpu_report import median, number, unique
 from benchmarks.markdown import conditions, table
 
 Record = dict[str, Any]
+WHAT = {"onnx_gpu": "layers, cold weights,", "onnx_model": "a model of four layers"}
 PARTS = {
     "experts": "the op alone, its routing given",
     "layer": "a whole layer: gate, routed and shared experts",
@@ -28,8 +29,8 @@ def gpu(record: Record) -> str:
     head = ("what", "dtype", "candidate", *(f"T={count}" for count in tokens))
     return "\n\n".join(
         [
-            "**ONNX Runtime on a GPU**, deepseek-moe-16b's sizes, cold weights, ONNX Runtime's CUDA graphs, median "
-            "microseconds; `MoE` is com.microsoft.MoE, `torch` the kernels under torch's CUDA graphs",
+            f"**ONNX Runtime on a GPU**, {WHAT[record['benchmark']]} of deepseek-moe-16b's sizes, CUDA graphs, median "
+            "microseconds; `MoE` and `ort-contrib` are com.microsoft.MoE, `torch` the kernels under torch's CUDA graphs",
             table(head, rows),
             conditions(record["environment"]),
         ]
