@@ -30,7 +30,7 @@ def gpu(record: Record) -> str:
     return "\n\n".join(
         [
             f"**ONNX Runtime on a GPU**, {WHAT[record['benchmark']]} of deepseek-moe-16b's sizes, CUDA graphs, median "
-            "microseconds; `MoE` and `ort-contrib` are com.microsoft.MoE, `torch` the kernels under torch's CUDA graphs",
+            "microseconds; `MoE` and `ort-contrib` are com.microsoft.MoE, `torch` our kernels in torch's CUDA graphs",
             table(head, rows),
             conditions(record["environment"]),
         ]
