@@ -1,0 +1,67 @@
+"""Tokens gathered by expert into the workspace: panels of lane tiles transposed, rows of row tiles padded with zeros.
+
+    rows of x, in the order of experts        panel of P tokens, [H][P]          group of row tiles, [tokens][pitch]
+      t0: a0 a1 a2 ...                          a0 b0 c0 d0 ...                     a0 a1 a2 ... 0 0
+      t1: b0 b1 b2 ...               ->         a1 b1 c1 d1 ...          or         b0 b1 b2 ... 0 0
+
+All of it is float32. Row r of the workspace begins at r * pitch in both, so a panel of P rows fills P * pitch numbers.
+"""
+
+from __future__ import annotations
+
+from dsmoe_runtime.mlir.code import Code
+from dsmoe_runtime.mlir.formats import widen, widen_scalar
+from dsmoe_runtime.mlir.row_tiles import place_in_step, store_step
+from dsmoe_runtime.mlir.sort import INDEX
+from dsmoe_runtime.mlir.transpose import EIGHT, SIDE, transpose
+
+FLAT = "memref<?xf32>"
+TOKENS = "memref<?x?x{}, strided<[?, 1]>>"
+
+
+def gather(code: Code, element: str, lanes: int) -> None:
+    """Write `@gather_lanes(x, order, slot, panel, packed, pitch)` and `@gather_row(x, order, slot, packed, pitch)`."""
+    tokens = TOKENS.format(element)
+    common = f"%x: {tokens}, %order: {INDEX}, %slot: index"
+    with code.function("gather_lanes", f"{common}, %panel: index, %packed: {FLAT}, %pitch: index"):
+        size = code.let(f"memref.dim %x, {code.index(1)} : {tokens}")
+        whole = code.down_to_multiple(size, SIDE)
+        start = code.mul("%slot", "%pitch")
+        with code.loop(0, "%panel", SIDE) as group:
+            rows = []
+            for lane in range(SIDE):
+                at = code.add(code.add("%slot", group.index), lane)
+                rows.append(code.let(f"memref.load %order[{at}] : {INDEX}"))
+            base = code.add(start, group.index)
+            with code.loop(0, whole, SIDE) as k:
+                loaded = []
+                for row in rows:
+                    raw = code.let(f"vector.load %x[{row}, {k.index}] : {tokens}, vector<{SIDE}x{element}>")
+                    loaded.append(widen(code, raw, element, SIDE))
+                for n, column in enumerate(transpose(code, loaded)):
+                    to = code.add(base, code.mul(code.add(k.index, n), "%panel"))
+                    code.line(f"vector.store {column}, %packed[{to}] : {FLAT}, {EIGHT}")
+            with code.loop(whole, size, 1) as k:
+                to = code.add(base, code.mul(k.index, "%panel"))
+                for lane, row in enumerate(rows):
+                    value = widen_scalar(code, code.let(f"memref.load %x[{row}, {k.index}] : {tokens}"), element)
+                    code.line(f"memref.store {value}, %packed[{code.add(to, lane)}] : {FLAT}")
+    with code.function("gather_row", f"{common}, %packed: {FLAT}, %pitch: index"):
+        size = code.let(f"memref.dim %x, {code.index(1)} : {tokens}")
+        step, zero = 2 * lanes, code.constant(0.0, f"vector<{lanes}xf32>")
+        whole = code.down_to_multiple(size, step)
+        base = code.mul("%slot", "%pitch")
+        token = code.let(f"memref.load %order[%slot] : {INDEX}")
+        with code.loop(0, whole, step) as k:
+            halves = []
+            for half in range(2):
+                at = f"%x[{token}, {code.add(k.index, half * lanes)}] : {tokens}, vector<{lanes}x{element}>"
+                halves.append(widen(code, code.let(f"vector.load {at}"), element, lanes))
+            store_step(code, element, lanes, (halves[0], halves[1]), "%packed", code.add(base, k.index))
+        with code.loop(whole, size, step) as k:
+            at = code.add(base, k.index)
+            store_step(code, element, lanes, (zero, zero), "%packed", at)
+            with code.loop(whole, size, 1) as one:
+                value = widen_scalar(code, code.let(f"memref.load %x[{token}, {one.index}] : {tokens}"), element)
+                place = place_in_step(code, code.sub(one.index, whole), element, lanes)
+                code.line(f"memref.store {value}, %packed[{code.add(at, place)}] : {FLAT}")
