@@ -25,7 +25,7 @@ from dsmoe_runtime.mlir.gather import FLAT, TOKENS, gather
 from dsmoe_runtime.mlir.lane_tiles import lane_rows
 from dsmoe_runtime.mlir.levels import Level
 from dsmoe_runtime.mlir.project import BLOCK_ROWS, Product, down_item, gate_up_item
-from dsmoe_runtime.mlir.row_tiles import MOST, WEIGHT_ROWS, row_tile
+from dsmoe_runtime.mlir.row_tiles import MOST, row_range
 from dsmoe_runtime.mlir.sort import INDEX, PLAN, sort_slots
 from dsmoe_runtime.mlir.weights import Stack, unpack
 
@@ -89,8 +89,7 @@ def lower_experts(spec: ExpertsSpec) -> str:
         lane_rows(code, lanes, vectors, spec.level.tile_rows)
     if not spec.transposed:
         for tokens in range(1, MOST + 1):
-            for rows in (1, WEIGHT_ROWS):
-                row_tile(code, spec.element, lanes, tokens, rows)
+            row_range(code, spec.element, lanes, tokens)
     for product in (spec.gate_up, spec.down):
         if not product.stack.in_place:
             unpack(code, product.stack, lanes)

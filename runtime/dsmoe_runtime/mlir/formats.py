@@ -53,15 +53,15 @@ def widen_scalar(code: Code, value: str, element: str) -> str:
     return code.let(f"arith.bitcast {high} : i32 to f32")
 
 
-def pairs(code: Code, value: str, lanes: int) -> tuple[str, str]:
-    """A vector of 2 `lanes` bfloat16 -> its even and its odd ones as float32: one shift and one mask, no shuffle."""
-    words, wide = f"vector<{lanes}xi32>", f"vector<{lanes}xf32>"
+def every_second(code: Code, value: str, lanes: int, odd: int) -> str:
+    """The even or the odd ones of a vector of 2 `lanes` bfloat16 as float32: one shift or one mask, no shuffle."""
+    words = f"vector<{lanes}xi32>"
     word = code.let(f"vector.bitcast {value} : vector<{2 * lanes}xbf16> to {words}")
-    sixteen = code.let(f"arith.constant dense<16> : {words}", "k")
-    mask = code.let(f"arith.constant dense<-65536> : {words}", "k")
-    low = code.let(f"arith.shli {word}, {sixteen} : {words}")
-    high = code.let(f"arith.andi {word}, {mask} : {words}")
-    return code.let(f"vector.bitcast {low} : {words} to {wide}"), code.let(f"vector.bitcast {high} : {words} to {wide}")
+    if odd:
+        high = code.let(f"arith.andi {word}, {code.let(f'arith.constant dense<-65536> : {words}', 'k')} : {words}")
+    else:
+        high = code.let(f"arith.shli {word}, {code.let(f'arith.constant dense<16> : {words}', 'k')} : {words}")
+    return code.let(f"vector.bitcast {high} : {words} to vector<{lanes}xf32>")
 
 
 def narrow(code: Code, value: str, element: str, lanes: int) -> str:

@@ -15,57 +15,76 @@ from __future__ import annotations
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.row_tiles import WIDE
 
-ARGUMENTS = f"%w: {WIDE}, %row: index, %size: index, %x: memref<?xf32>, %base: index, %c: {WIDE}, %out: index, %column: index"
-TYPES = f"{WIDE}, index, index, memref<?xf32>, index, {WIDE}, index, index"
+ARGUMENTS = (
+    f"%w: {WIDE}, %row: index, %size: index, %x: memref<?xf32>, %base: index, %c: {WIDE}, %out: index, %column: index, "
+    "%ahead: index"
+)
+TYPES = f"{WIDE}, index, index, memref<?xf32>, index, {WIDE}, index, index, index"
+LINE = 16  # float32s of a cache line: so often the weights that come next are asked for
 
 
-def tile_sizes(vectors: int, tile_rows: int) -> list[int]:
-    """Rows of the tiles, largest first, each at most the product of the registers, down to one."""
-    largest = tile_rows if vectors == 2 else 2 * tile_rows
-    return [rows for rows in (24, 12, 6, 4, 2, 1) if rows <= largest]
+def tile_sizes(tile_rows: int) -> list[int]:
+    """Rows of the tiles, largest first, down to one."""
+    return [rows for rows in (12, 6, 4, 2, 1) if rows <= tile_rows]
 
 
 def lane_tile(code: Code, lanes: int, vectors: int, rows: int) -> None:
-    """Write `@lanes_{vectors * lanes}x{rows}`."""
-    kind, panel = f"vector<{lanes}xf32>", vectors * lanes
+    """Write `@lanes_{vectors * lanes}x{rows}`; a panel of one vector sums even and odd k apart, for as many sums."""
+    kind, panel, chains = f"vector<{lanes}xf32>", vectors * lanes, 3 - vectors
     with code.function(f"lanes_{panel}x{rows}", ARGUMENTS):
         w_rows = [code.add("%row", n) for n in range(rows)]
-        places = [
-            f"%c[{code.add('%out', n)}, {code.add('%column', v * lanes)}] : {WIDE}, {kind}"
-            for n in range(rows)
-            for v in range(vectors)
-        ]
-        sums = [code.constant(0.0, kind)] * len(places)
-        with code.loop(0, "%size", 1, sums, kind) as body:
-            at = code.add("%base", code.mul(body.index, panel))
+        whole = code.down_to_multiple("%size", LINE)
+
+        def step(k: str, sums: list[str], first: int) -> list[str]:
+            sums = list(sums)
+            at = code.add("%base", code.mul(k, panel))
             x = [
                 code.let(f"vector.load %x[{code.add(at, v * lanes)}] : memref<?xf32>, {kind}", "x")
                 for v in range(vectors)
             ]
-            given = []
             for n, row in enumerate(w_rows):
-                weight = code.let(f"memref.load %w[{row}, {body.index}] : {WIDE}", "w")
+                weight = code.let(f"memref.load %w[{row}, {k}] : {WIDE}", "w")
                 spread = code.let(f"vector.broadcast {weight} : f32 to {kind}", "b")
                 for v in range(vectors):
-                    given.append(code.let(f"vector.fma {spread}, {x[v]}, {body.carried[n * vectors + v]} : {kind}", "s"))
-            body.give(given)
-        for place, total in zip(places, body.results, strict=True):
-            before = code.let(f"vector.load {place}")
-            code.line(f"vector.store {code.let(f'arith.addf {before}, {total} : {kind}')}, {place}")
+                    place = (first * rows + n) * vectors + v
+                    sums[place] = code.let(f"vector.fma {spread}, {x[v]}, {sums[place]} : {kind}", "s")
+            return sums
+
+        zero = code.constant(0.0, kind)
+        with code.loop(0, whole, LINE, [zero] * (rows * vectors * chains), kind) as lines:
+            ahead = code.add(lines.index, "%ahead")
+            for row in w_rows:
+                code.line(f"memref.prefetch %w[{row}, {ahead}], read, locality<2>, data : {WIDE}")
+            with code.loop(lines.index, code.add(lines.index, LINE), chains, lines.carried, kind) as body:
+                sums = body.carried
+                for chain in range(chains):
+                    sums = step(code.add(body.index, chain), sums, chain)
+                body.give(sums)
+            lines.give(body.results)
+        with code.loop(whole, "%size", 1, lines.results, kind) as rest:
+            rest.give(step(rest.index, rest.carried, 0))
+        for n in range(rows):
+            for v in range(vectors):
+                total = rest.results[n * vectors + v]
+                if chains == 2:
+                    total = code.let(f"arith.addf {total}, {rest.results[rows + n]} : {kind}")
+                place = f"%c[{code.add('%out', n)}, {code.add('%column', v * lanes)}] : {WIDE}, {kind}"
+                before = code.let(f"vector.load {place}")
+                code.line(f"vector.store {code.let(f'arith.addf {before}, {total} : {kind}')}, {place}")
 
 
 def lane_rows(code: Code, lanes: int, vectors: int, tile_rows: int) -> None:
     """Write `@lanes_{vectors * lanes}`: rows `%row` to `%row + %rows`, in the largest tiles that fit."""
     panel = vectors * lanes
-    for rows in tile_sizes(vectors, tile_rows):
+    for rows in tile_sizes(tile_rows):
         lane_tile(code, lanes, vectors, rows)
     with code.function(f"lanes_{panel}", f"{ARGUMENTS}, %rows: index"):
         done = code.index(0)
-        for rows in tile_sizes(vectors, tile_rows):
+        for rows in tile_sizes(tile_rows):
             stop = code.add(done, code.down_to_multiple(code.sub("%rows", done), rows))
             with code.loop(done, stop, rows) as tile:
                 row, out = code.add("%row", tile.index), code.add("%out", tile.index)
                 code.line(
-                    f"func.call @lanes_{panel}x{rows}(%w, {row}, %size, %x, %base, %c, {out}, %column) : ({TYPES}) -> ()"
+                    f"func.call @lanes_{panel}x{rows}(%w, {row}, %size, %x, %base, %c, {out}, %column, %ahead) : ({TYPES}) -> ()"
                 )
             done = stop

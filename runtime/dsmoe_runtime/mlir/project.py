@@ -4,8 +4,8 @@
 `@down`     rows h of down           -> columns h of the answers
 
 Tokens in panels go through lane tiles, in blocks of 256 values of k (a panel's part, 16 KiB, stays in the first-level
-cache; the rows' part, 96 KiB, in the second) and at most 128 tokens at a time. The rest goes through row tiles, four rows
-of weights at a time, each against all of those tokens before the next four are touched.
+cache; the rows' part, 96 KiB, in the second) and at most 128 tokens at a time. The rest goes through row tiles, twelve
+rows of weights at a time, each against all of those tokens before the next twelve are touched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from dsmoe_runtime.mlir.code import Code, Value
 from dsmoe_runtime.mlir.formats import widen_scalar
 from dsmoe_runtime.mlir.lane_tiles import TYPES
-from dsmoe_runtime.mlir.row_tiles import MOST, WEIGHT_ROWS, WIDE, store_step
+from dsmoe_runtime.mlir.row_tiles import MOST, WIDE, store_step, types
 from dsmoe_runtime.mlir.sort import INDEX
 from dsmoe_runtime.mlir.transpose import EIGHT, SIDE, transpose
 from dsmoe_runtime.mlir.vector_math import VectorMath
@@ -26,6 +26,7 @@ FLAT = "memref<?xf32>"
 BLOCK_ROWS = 96  # rows of weights of an item, gate and up together
 BLOCK_K = 256
 BLOCK_TOKENS = 128
+ROWS_AT_ONCE = 12  # rows of weights that all row tiles use before the next ones
 SUMS = BLOCK_ROWS * BLOCK_TOKENS
 SCRATCH = SUMS + BLOCK_ROWS * BLOCK_K  # float32s of a thread: sums, and weights unpacked
 PANELS = f"%hit_expert: {INDEX}, %hit_panel: {INDEX}, %hit_rows: {INDEX}, %panel_slot: {INDEX}"
@@ -90,6 +91,7 @@ def lane_products(
                 code.line(f"func.call @unpack_{label}({view}, {rows}, {depth}, {own}) : {kinds}")
                 view = own
             views.append(view)
+        ahead = code.index(BLOCK_K)
         with each_panel(code, panels) as (slot, panel):
             base = code.add(code.mul(slot, pitch), code.mul(k.index, panel))
             column, zero = code.sub(slot, first_slot), code.index(0)
@@ -99,7 +101,7 @@ def lane_products(
                         out = code.index(number * each)
                         code.line(
                             f"func.call @lanes_{vectors * lanes}({view}, {zero}, {depth}, {x}, {base}, {sums}, {out}, "
-                            f"{column}, {rows}) : ({TYPES}, index) -> ()"
+                            f"{column}, {ahead}, {rows}) : ({TYPES}, index) -> ()"
                         )
     return sums
 
@@ -132,17 +134,17 @@ def row_products(
 ) -> None:
     """out[token, column + n] += products of the rows of `view` with every token in groups of up to three."""
     target, first_slot, column = out
-    whole = code.down_to_multiple(rows, WEIGHT_ROWS)
-    kinds = f"({product.stack.rows_kind}, index, index, {FLAT}, index, index, {WIDE}, index, index) -> ()"
-    for start, stop, height in ((code.index(0), whole, WEIGHT_ROWS), (whole, rows, 1)):
-        with code.loop(start, stop, height) as n, each_panel(code, panels) as (slot, group):
+    kinds = types(product.stack.element)
+    with code.loop(0, rows, ROWS_AT_ONCE) as n:
+        stop = code.least(code.add(n.index, ROWS_AT_ONCE), rows)
+        with each_panel(code, panels) as (slot, group):
             base, token = code.mul(slot, "%pitch"), code.sub(slot, first_slot)
             at = code.add(n.index, column)
             for tokens in range(1, MOST + 1):
                 with code.when(code.compare("eq", group, tokens)):
                     code.line(
-                        f"func.call @rows_{tokens}x{height}({view}, {n.index}, {size}, {x}, {base}, %pitch, {target}, "
-                        f"{token}, {at}) : {kinds}"
+                        f"func.call @rows_{tokens}({view}, {n.index}, {size}, {x}, {base}, %pitch, {target}, {token}, "
+                        f"{at}, {stop}) : ({kinds}, index) -> ()"
                     )
 
 

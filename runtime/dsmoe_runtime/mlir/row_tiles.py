@@ -12,14 +12,19 @@ values apart, and rows of x are stored in that order (`store_row`): the sum over
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dsmoe_runtime.mlir.code import Code, Value
-from dsmoe_runtime.mlir.formats import pairs, widen, widen_scalar
+from dsmoe_runtime.mlir.formats import every_second, widen, widen_scalar
 
 MATRIX = "memref<?x?x{}, strided<[?, 1], offset: ?>>"
 WIDE = MATRIX.format("f32")
 MOST = 3  # tokens of a tile: 3 x 4 sums, 3 of x and 1 of weights are the 16 registers of AVX2
-WEIGHT_ROWS = 4
-PREFETCH = 512  # bytes ahead of each row
+
+
+def weight_rows(element: str, tokens: int) -> int:
+    """Rows of weights of a tile: bfloat16 pairs stay in a register for both halves of a step, which costs a row."""
+    return 3 if split_pairs(element) and tokens == MOST else 4
 
 
 def split_pairs(element: str) -> bool:
@@ -30,35 +35,34 @@ def split_pairs(element: str) -> bool:
 def row_tile(code: Code, element: str, lanes: int, tokens: int, rows: int) -> None:
     """Write `@rows_{tokens}x{rows}`."""
     matrix, kind, step = MATRIX.format(element), f"vector<{lanes}xf32>", 2 * lanes
-    arguments = (
-        f"%w: {matrix}, %row: index, %size: index, %x: memref<?xf32>, %base: index, %pitch: index, "
-        f"%out: {WIDE}, %token: index, %column: index"
-    )
     chains = 2 if tokens * rows < 8 else 1  # eight sums in flight hide the latency of a product
-    with code.function(f"rows_{tokens}x{rows}", arguments):
+    with code.function(f"rows_{tokens}x{rows}", arguments(element)):
         w_rows = [code.add("%row", n) for n in range(rows)]
         x_bases = [code.add("%base", code.mul("%pitch", m)) for m in range(tokens)]
         zero = code.constant(0.0, kind)
         edge = code.down_to_multiple("%size", step)
 
-        def step_of(weights: list[tuple[str, str]], k: str, sums: list[str]) -> list[str]:
+        def step_of(weight: Callable[[int, int], str], k: str, sums: list[str]) -> list[str]:
+            # The order is that of few registers: x of all tokens, then each weight right before its products.
             sums = list(sums)
             for half in range(2):
-                for m, base in enumerate(x_bases):
-                    where = code.add(code.add(base, k), half * lanes)
-                    x = code.let(f"vector.load %x[{where}] : memref<?xf32>, {kind}", "x")
-                    for n in range(rows):
+                places = [code.add(code.add(base, k), half * lanes) for base in x_bases]
+                x = [code.let(f"vector.load %x[{place}] : memref<?xf32>, {kind}", "x") for place in places]
+                for n in range(rows):
+                    w = weight(n, half)
+                    for m in range(tokens):
                         at = (m * rows + n) * chains + half % chains
-                        sums[at] = code.let(f"vector.fma {weights[n][half]}, {x}, {sums[at]} : {kind}", "s")
+                        sums[at] = code.let(f"vector.fma {w}, {x[m]}, {sums[at]} : {kind}", "s")
             return sums
 
         with code.loop(0, edge, step, [zero] * (tokens * rows * chains), kind) as body:
-            loaded = [_load(code, element, lanes, row, body.index) for row in w_rows]
-            body.give(step_of(loaded, body.index, body.carried))
+            for row in w_rows:  # the rows that come next: memory works while this tile computes
+                ahead = f"%w[{code.add(row, rows)}, {body.index}]"
+                code.line(f"memref.prefetch {ahead}, read, locality<2>, data : {matrix}")
+            body.give(step_of(_reader(code, element, lanes, w_rows, body.index), body.index, body.carried))
         buffer = f"memref<{rows * step}xf32>"
         with code.loop(edge, "%size", step, body.results, kind) as rest:
             tail = code.let(f"memref.alloca() : {buffer}")
-            padded = []
             for n, row in enumerate(w_rows):
                 for half in range(2):
                     code.line(f"vector.store {zero}, {tail}[{code.index(n * step + half * lanes)}] : {buffer}, {kind}")
@@ -67,12 +71,10 @@ def row_tile(code: Code, element: str, lanes: int, tokens: int, rows: int) -> No
                     position = place_in_step(code, code.sub(one.index, edge), element, lanes)
                     wide = widen_scalar(code, value, element)
                     code.line(f"memref.store {wide}, {tail}[{code.add(position, n * step)}] : {buffer}")
-            for n in range(rows):
-                halves = [
-                    code.let(f"vector.load {tail}[{code.index(n * step + half * lanes)}] : {buffer}, {kind}")
-                    for half in range(2)
-                ]
-                padded.append((halves[0], halves[1]))
+
+            def padded(n: int, half: int) -> str:
+                return code.let(f"vector.load {tail}[{code.index(n * step + half * lanes)}] : {buffer}, {kind}")
+
             rest.give(step_of(padded, edge, rest.carried))
         for m in range(tokens):
             for n in range(rows):
@@ -86,18 +88,51 @@ def row_tile(code: Code, element: str, lanes: int, tokens: int, rows: int) -> No
                 code.line(f"memref.store {code.let(f'arith.addf {before}, {value} : f32')}, {where}")
 
 
-def _load(code: Code, element: str, lanes: int, row: str, k: str) -> tuple[str, str]:
-    """Two vectors of float32 from 2 L stored weights: in order, or the even and the odd ones."""
-    matrix = MATRIX.format(element)
-    if split_pairs(element):
-        stored = f"vector<{2 * lanes}x{element}>"
-        return pairs(code, code.let(f"vector.load %w[{row}, {k}] : {matrix}, {stored}", "w"), lanes)
-    halves = []
-    for half in range(2):
+def _reader(code: Code, element: str, lanes: int, w_rows: list[str], k: str) -> Callable[[int, int], str]:
+    """What loads half of a step of a row of weights as float32: in order, or its even and its odd values."""
+    matrix, stored = MATRIX.format(element), f"vector<{2 * lanes}x{element}>"
+    raw: dict[int, str] = {}
+
+    def in_order(n: int, half: int) -> str:
         at = code.add(k, half * lanes)
-        raw = code.let(f"vector.load %w[{row}, {at}] : {matrix}, vector<{lanes}x{element}>", "w")
-        halves.append(widen(code, raw, element, lanes))
-    return halves[0], halves[1]
+        value = code.let(f"vector.load %w[{w_rows[n]}, {at}] : {matrix}, vector<{lanes}x{element}>", "w")
+        return widen(code, value, element, lanes)
+
+    def evens_and_odds(n: int, half: int) -> str:
+        if half == 0:
+            raw[n] = code.let(f"vector.load %w[{w_rows[n]}, {k}] : {matrix}, {stored}", "w")
+        return every_second(code, raw[n], lanes, half)
+
+    return evens_and_odds if split_pairs(element) else in_order
+
+
+def row_range(code: Code, element: str, lanes: int, tokens: int) -> None:
+    """Write `@rows_{tokens}`: rows `%row` to `%stop` of the weights, in tiles, and the tiles themselves."""
+    height = weight_rows(element, tokens)
+    for rows in (1, height):
+        row_tile(code, element, lanes, tokens, rows)
+    with code.function(f"rows_{tokens}", f"{arguments(element)}, %stop: index"):
+        whole = code.add("%row", code.down_to_multiple(code.sub("%stop", "%row"), height))
+        for start, stop, rows in (("%row", whole, height), (whole, "%stop", 1)):
+            with code.loop(start, stop, rows) as n:
+                column = code.add("%column", code.sub(n.index, "%row"))
+                code.line(
+                    f"func.call @rows_{tokens}x{rows}(%w, {n.index}, %size, %x, %base, %pitch, %out, %token, {column}) "
+                    f": ({types(element)}) -> ()"
+                )
+
+
+def arguments(element: str) -> str:
+    """Of a row tile."""
+    return (
+        f"%w: {MATRIX.format(element)}, %row: index, %size: index, %x: memref<?xf32>, %base: index, %pitch: index, "
+        f"%out: {WIDE}, %token: index, %column: index"
+    )
+
+
+def types(element: str) -> str:
+    """Theirs."""
+    return f"{MATRIX.format(element)}, index, index, memref<?xf32>, index, index, {WIDE}, index, index"
 
 
 def place_in_step(code: Code, k: Value, element: str, lanes: int) -> str:
