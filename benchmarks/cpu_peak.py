@@ -52,10 +52,7 @@ def _source(name: str) -> str:
                         code.let(f"vector.load %x[{code.add(at, n * lanes)}] : {FLAT}, {kind}") for n in range(count)
                     ]
                     loop.give(
-                        [
-                            code.let(f"arith.addf {v}, {r} : {kind}")
-                            for v, r in zip(loop.carried, read, strict=True)
-                        ]
+                        [code.let(f"arith.addf {v}, {r} : {kind}") for v, r in zip(loop.carried, read, strict=True)]
                     )
             total = loop.results[0]
             for value in loop.results[1:]:

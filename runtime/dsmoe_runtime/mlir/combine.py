@@ -54,5 +54,3 @@ def combine(code: Code, element: str, lanes: int) -> None:
         with code.loop(whole, hidden, 1) as h:
             value = narrow_scalar(code, total(h.index, False), element)
             code.line(f"memref.store {value}, %y[%token, {h.index}] : {output}")
-
-

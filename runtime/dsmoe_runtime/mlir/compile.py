@@ -33,7 +33,7 @@ def mlir() -> Any:
     try:
         import torch_mlir.ir
         import torch_mlir.passmanager
-        import torch_mlir.rewrite  # noqa: F401  (what the oldest wheel that works is known by)
+        import torch_mlir.rewrite
     except ImportError as error:
         found = _installed()
         state = f"torch-mlir {found} is too old or does not load ({error})" if found else "torch-mlir is not installed"
@@ -100,7 +100,11 @@ def compile_object(source: str, level: Level, entry: str) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.o"
             name = entry.encode()
-            # Symbols of OpenMP are registered as anything: this engine compiles and never runs.
+            # What lies outside is given any address: this engine compiles and never runs.
+            for operation in module.body.operations:
+                if operation.operation.name == "llvm.func" and not len(operation.regions[0].blocks):
+                    outside = operation.attributes["sym_name"].value.encode()
+                    library.mlirExecutionEngineRegisterSymbol(engine, _StringRef(outside, len(outside)), 1)
             if not library.mlirExecutionEngineLookup(engine, _StringRef(name, len(name))):
                 raise TargetError(f"LLVM compiled no function {entry!r}; this is a fault of the lowering")
             library.mlirExecutionEngineDumpToObjectFile(engine, _StringRef(str(path).encode(), len(str(path))))
@@ -130,6 +134,8 @@ def _create_engine(library: ctypes.CDLL, module: Any) -> _Handle:
     for function in ("mlirExecutionEngineLookup", "mlirExecutionEngineDumpToObjectFile"):
         getattr(library, function).argtypes = (_Handle, _StringRef)
     library.mlirExecutionEngineDestroy.argtypes = (_Handle,)
+    library.mlirExecutionEngineRegisterSymbol.argtypes = (_Handle, _StringRef, ctypes.c_void_p)
+    library.mlirExecutionEngineRegisterSymbol.restype = None
     engine: _Handle = create(_Handle(pointer(capsule, name(capsule))), 3, 0, None, True, True)
     if not engine.pointer:
         raise TargetError("LLVM refused the module; DSMOE_LOG_LEVEL=DEBUG shows its stages")

@@ -22,7 +22,6 @@ from dsmoe_runtime.mlir.formats import type_of
 from dsmoe_runtime.mlir.levels import Level, best_level, cpu_flags
 from dsmoe_runtime.mlir.loader import LoadedObject
 from dsmoe_runtime.mlir.project import SCRATCH
-from dsmoe_runtime.mlir.sort import workspace_rows
 from dsmoe_runtime.mlir.team import COUNTER_SPACING
 from dsmoe_runtime.mlir.workspace import Workspace
 from dsmoe_runtime.ops.experts import check_call
@@ -58,7 +57,7 @@ def experts(
     if spec.transposed:
         gate_up, down = gate_up.mT, down.mT
     width, lanes, threads = down.shape[2], spec.level.lanes, torch.get_num_threads()
-    rows = workspace_rows(tokens * top_k, num_experts, lanes)
+    rows = spec.panels.rows(tokens * top_k, num_experts)
     pitches = [_pitch(size, lanes) for size in (hidden, width)]
     space = Workspace()
     counters = space.take(len(PHASES) * COUNTER_SPACING)
@@ -89,7 +88,7 @@ def experts(
 
 def _rows_in_order(tensor: Tensor, spec: ExpertsSpec) -> Tensor:
     """The tensor itself if values of a row lie side by side, else a copy in which they do."""
-    return tensor if spec.transposed and tensor.dim() == 3 or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if (spec.transposed and tensor.dim() == 3) or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _pitch(size: int, lanes: int) -> int:

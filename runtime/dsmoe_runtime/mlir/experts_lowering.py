@@ -25,8 +25,8 @@ from dsmoe_runtime.mlir.gather import FLAT, TOKENS, gather
 from dsmoe_runtime.mlir.lane_tiles import lane_rows
 from dsmoe_runtime.mlir.levels import Level
 from dsmoe_runtime.mlir.project import BLOCK_ROWS, Product, down_item, gate_up_item
-from dsmoe_runtime.mlir.row_tiles import MOST, row_range
-from dsmoe_runtime.mlir.sort import INDEX, PLAN, sort_slots
+from dsmoe_runtime.mlir.row_tiles import MOST, row_range, split_pairs
+from dsmoe_runtime.mlir.sort import INDEX, PLAN, Panels, sort_slots
 from dsmoe_runtime.mlir.weights import Stack, unpack
 
 PHASES = ("thread", "gather", "gate_up", "down", "combine")  # each has a counter
@@ -48,9 +48,14 @@ class ExpertsSpec:
         return self.layout.endswith("_transposed")
 
     @property
-    def least_filled(self) -> int:
-        """From how many tokens on a last panel of lane tiles is filled up, rather than left to row tiles."""
-        return 1 if self.transposed else self.level.lanes - self.level.lanes // 8
+    def panels(self) -> Panels:
+        """Measured on AVX2; row tiles are at their best with bfloat16, and there are none for transposed weights."""
+        lanes = self.level.lanes
+        if self.transposed:
+            return Panels(lanes, 1, lanes + 1)
+        if split_pairs(self.element):
+            return Panels(lanes, 2 * lanes, 3 * lanes // 2)
+        return Panels(lanes, lanes - lanes // 8, lanes + lanes // 4)
 
     @property
     def gate_up(self) -> Product:
@@ -83,7 +88,7 @@ def lower_experts(spec: ExpertsSpec) -> str:
     """The whole module."""
     code, lanes = Code(), spec.level.lanes
     code.line(team.EXTERNAL)
-    sort_slots(code, lanes, spec.least_filled)
+    sort_slots(code, spec.panels)
     gather(code, spec.element, lanes)
     for vectors in (1, 2):
         lane_rows(code, lanes, vectors, spec.level.tile_rows)
@@ -155,9 +160,7 @@ def _work(code: Code, signature: str, spec: ExpertsSpec) -> None:
             rows = code.let(f"memref.dim {stack.name}, {code.index(1)} : {stack.kind}")
             blocks = code.let(f"arith.ceildivui {rows}, {code.index(BLOCK_ROWS // parts * parts)} : index")
             if phase == "gate_up":
-                blocks = code.let(
-                    f"arith.ceildivui {code.div(rows, parts)}, {code.index(BLOCK_ROWS // parts)} : index"
-                )
+                blocks = code.let(f"arith.ceildivui {code.div(rows, parts)}, {code.index(BLOCK_ROWS // parts)} : index")
             bias, bias_kind = (f", {product.bias}", f", {product.bias_kind}") if product.bias else ("", "")
             with team.claimed(code, PHASES.index(phase), code.mul(hits, blocks)) as item:
                 hit, block = code.div(item, blocks), code.rem(item, blocks)
@@ -189,4 +192,3 @@ def _whole(code: Code, matrix: str) -> tuple[str, str]:
     return code.let(
         f"memref.reinterpret_cast {matrix} to offset: [0], sizes: [{size}], strides: [1] : {kind} to {FLAT}"
     ), pitch
-

@@ -23,14 +23,14 @@ TYPES = f"{WIDE}, index, index, memref<?xf32>, index, {WIDE}, index, index, inde
 LINE = 16  # float32s of a cache line: so often the weights that come next are asked for
 
 
-def tile_sizes(tile_rows: int) -> list[int]:
+def tile_sizes(vectors: int, tile_rows: int) -> list[int]:
     """Rows of the tiles, largest first, down to one."""
-    return [rows for rows in (12, 6, 4, 2, 1) if rows <= tile_rows]
+    return [rows for rows in (12, 6, 3, 2, 1) if rows <= tile_rows // vectors]
 
 
 def lane_tile(code: Code, lanes: int, vectors: int, rows: int) -> None:
     """Write `@lanes_{vectors * lanes}x{rows}`; a panel of one vector sums even and odd k apart, for as many sums."""
-    kind, panel, chains = f"vector<{lanes}xf32>", vectors * lanes, 3 - vectors
+    kind, panel, chains = f"vector<{lanes}xf32>", vectors * lanes, 2
     with code.function(f"lanes_{panel}x{rows}", ARGUMENTS):
         w_rows = [code.add("%row", n) for n in range(rows)]
         whole = code.down_to_multiple("%size", LINE)
@@ -67,7 +67,7 @@ def lane_tile(code: Code, lanes: int, vectors: int, rows: int) -> None:
             for v in range(vectors):
                 total = rest.results[n * vectors + v]
                 if chains == 2:
-                    total = code.let(f"arith.addf {total}, {rest.results[rows + n]} : {kind}")
+                    total = code.let(f"arith.addf {total}, {rest.results[(rows + n) * vectors + v]} : {kind}")
                 place = f"%c[{code.add('%out', n)}, {code.add('%column', v * lanes)}] : {WIDE}, {kind}"
                 before = code.let(f"vector.load {place}")
                 code.line(f"vector.store {code.let(f'arith.addf {before}, {total} : {kind}')}, {place}")
@@ -76,11 +76,11 @@ def lane_tile(code: Code, lanes: int, vectors: int, rows: int) -> None:
 def lane_rows(code: Code, lanes: int, vectors: int, tile_rows: int) -> None:
     """Write `@lanes_{vectors * lanes}`: rows `%row` to `%row + %rows`, in the largest tiles that fit."""
     panel = vectors * lanes
-    for rows in tile_sizes(tile_rows):
+    for rows in tile_sizes(vectors, tile_rows):
         lane_tile(code, lanes, vectors, rows)
     with code.function(f"lanes_{panel}", f"{ARGUMENTS}, %rows: index"):
         done = code.index(0)
-        for rows in tile_sizes(tile_rows):
+        for rows in tile_sizes(vectors, tile_rows):
             stop = code.add(done, code.down_to_multiple(code.sub("%rows", done), rows))
             with code.loop(done, stop, rows) as tile:
                 row, out = code.add("%row", tile.index), code.add("%out", tile.index)

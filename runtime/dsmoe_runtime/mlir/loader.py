@@ -100,7 +100,9 @@ def _mask(kind: int) -> int:
 
 def _sections(image: bytes) -> list[_Section]:
     if image[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<HH", image, 16) != (1, 62):
-        raise TargetError("the kernel's object is not an ELF relocatable for x86-64; delete the cache and compile again")
+        raise TargetError(
+            "the kernel's object is not an ELF relocatable for x86-64; delete the cache and compile again"
+        )
     (start,) = struct.unpack_from("<Q", image, 40)
     size, count, names = struct.unpack_from("<HHH", image, 58)
     raw = [struct.unpack_from("<IIQQQQIIQQ", image, start + size * n) for n in range(count)]

@@ -181,9 +181,7 @@ def gate_up_item(code: Code, product: Product, layout: str, activation: str) -> 
             sums = lane_products(code, product, expert, parts, rows, size, "%x", panels)
             first_slot = code.let(f"memref.load %panel_slot[{panels[0]}] : {INDEX}")
             with each_panel(code, panels) as (slot, panel_width), code.loop(0, rows, 1) as n:
-                to = code.add(
-                    code.mul(slot, "%hidden_pitch"), code.mul(code.add(begin, n.index), panel_width)
-                )
+                to = code.add(code.mul(slot, "%hidden_pitch"), code.mul(code.add(begin, n.index), panel_width))
                 column = code.sub(slot, first_slot)
                 with code.loop(0, panel_width, lanes) as lane:
                     at = code.add(column, lane.index)
@@ -212,9 +210,7 @@ def gate_up_item(code: Code, product: Product, layout: str, activation: str) -> 
 
                     fill(code, product, expert, part, rows, down_the_tokens)
                 view = stack.rows(code, expert, part[0], rows, part[1], 0, size)
-                row_products(
-                    code, product, view, rows, size, "%x", (lane_end, end), (sums, first_slot, number * each)
-                )
+                row_products(code, product, view, rows, size, "%x", (lane_end, end), (sums, first_slot, number * each))
             with code.loop(0, tokens, 1) as token, code.loop(0, rows, 2 * lanes) as n:
                 halves = []
                 for half in range(2):

@@ -10,6 +10,8 @@ before the others start: it is a few microseconds for hundreds of tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.row_tiles import MOST
 
@@ -27,20 +29,30 @@ PLAN = {
 SIGNATURE = ", ".join(f"%{name}: {INDEX}" for name in PLAN)
 
 
-def workspace_rows(slots: int, num_experts: int, lanes: int) -> int:
-    """Rows that the sort may use at most."""
-    return slots + min(slots, num_experts) * lanes
+@dataclass(frozen=True)
+class Panels:
+    """Which tokens of an expert beyond whole panels of 2 L still go through lane tiles, and which through row tiles."""
+
+    lanes: int
+    from_half: int  # so many fill a panel of L
+    from_whole: int  # and so many one of 2 L
+
+    def rows(self, slots: int, num_experts: int) -> int:
+        """Rows of the workspace that may be used at most."""
+        return slots + min(slots, num_experts) * 2 * self.lanes
+
+    def split(self, code: Code, count: str) -> tuple[str, str]:
+        """Of an expert with `count` tokens: rows in lane tiles (padding included), and rows in all."""
+        whole = code.down_to_multiple(count, 2 * self.lanes)
+        rest = code.sub(count, whole)
+        half = code.compare("uge", rest, self.from_half)
+        filled = code.let(f"arith.select {half}, {code.add(whole, self.lanes)}, {whole} : index")
+        all_of_it = code.compare("uge", rest, self.from_whole)
+        in_lanes = code.let(f"arith.select {all_of_it}, {code.add(whole, 2 * self.lanes)}, {filled} : index")
+        return in_lanes, code.let(f"arith.maxsi {in_lanes}, {count} : index")
 
 
-def panels_of(code: Code, count: str, lanes: int, least_filled: int) -> tuple[str, str]:
-    """Of an expert with `count` tokens: rows in lane tiles (padding included), and rows in all."""
-    full = code.down_to_multiple(count, lanes)
-    nearly = code.compare("uge", code.sub(count, full), least_filled)
-    in_lanes = code.let(f"arith.select {nearly}, {code.add(full, lanes)}, {full} : index")
-    return in_lanes, code.let(f"arith.maxsi {in_lanes}, {count} : index")
-
-
-def sort_slots(code: Code, lanes: int, least_filled: int) -> None:
+def sort_slots(code: Code, panels: Panels) -> None:
     """Write `@sort(ids, top_k, experts, first, PLAN)`; `first` is room for E numbers."""
 
     def load(memory: str, at: str) -> str:
@@ -64,11 +76,11 @@ def sort_slots(code: Code, lanes: int, least_filled: int) -> None:
             count, row = load("first", expert.index), load("total", two)
             store(row, "first", expert.index)
             with code.when(code.compare("ne", count, 0)):
-                in_lanes, rows = panels_of(code, count, lanes, least_filled)
+                in_lanes, rows = panels.split(code, count)
                 hit = load("total", zero)
                 store(expert.index, "hit_expert", hit)
                 store(load("total", one), "hit_panel", hit)
-                with code.loop(0, in_lanes, 2 * lanes) as panel:
+                with code.loop(0, in_lanes, 2 * panels.lanes) as panel:
                     number = load("total", one)
                     store(code.add(row, panel.index), "panel_slot", number)
                     store(code.add(number, 1), "total", one)

@@ -17,8 +17,8 @@ from dsmoe_runtime.mlir.code import Code, Value
 COUNTER_SPACING = 8  # int64s: a cache line for each counter
 COUNTERS = "memref<?xi64>"
 EXTERNAL = (
-    "llvm.func @GOMP_parallel(!llvm.ptr, !llvm.ptr, i32, i32)\n  llvm.func @GOMP_barrier()"
-)  # of torch's own libgomp
+    "llvm.func @GOMP_parallel(!llvm.ptr, !llvm.ptr, i32, i32)\n  llvm.func @GOMP_barrier()"  # of torch's own libgomp
+)
 
 
 def claim(code: Code, counter: int) -> str:

@@ -1,7 +1,7 @@
 """An 8 x 8 block of float32 transposed in registers, in three rounds of shuffles.
 
-    a0 a1 a2 ..      a0 b0 a1 b1 ..      a0 b0 c0 d0 ..      a0 b0 c0 d0 e0 f0 g0 h0
-    b0 b1 b2 ..  ->  a2 b2 a3 b3 ..  ->  a1 b1 c1 d1 ..  ->  a1 b1 c1 d1 e1 f1 g1 h1
+a0 a1 a2 ..      a0 b0 a1 b1 ..      a0 b0 c0 d0 ..      a0 b0 c0 d0 e0 f0 g0 h0
+b0 b1 b2 ..  ->  a2 b2 a3 b3 ..  ->  a1 b1 c1 d1 ..  ->  a1 b1 c1 d1 e1 f1 g1 h1
 """
 
 from __future__ import annotations

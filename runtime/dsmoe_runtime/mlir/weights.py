@@ -16,6 +16,8 @@ from dsmoe_runtime.mlir.code import Code, Value
 from dsmoe_runtime.mlir.formats import widen, widen_scalar
 from dsmoe_runtime.mlir.row_tiles import MATRIX, WIDE
 
+AHEAD = 4  # rows: so far ahead of the unpacking memory is asked
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -66,11 +68,14 @@ def unpack(code: Code, stack: Stack, lanes: int) -> None:
         whole = 0 if stack.transposed else code.down_to_multiple("%size", lanes)
         with code.loop(0, "%rows", 1) as n:
             if not stack.transposed:
-                with code.loop(0, whole, lanes) as k:
-                    at = f"[{n.index}, {k.index}]"
-                    raw = code.let(f"vector.load %w{at} : {source}, vector<{lanes}x{stack.element}>")
-                    value = widen(code, raw, stack.element, lanes)
-                    code.line(f"vector.store {value}, %out{at} : {WIDE}, vector<{lanes}xf32>")
+                ahead = code.add(n.index, AHEAD)
+                with code.loop(0, whole, 4 * lanes) as line:
+                    code.line(f"memref.prefetch %w[{ahead}, {line.index}], read, locality<3>, data : {source}")
+                    with code.loop(line.index, code.least(code.add(line.index, 4 * lanes), whole), lanes) as k:
+                        at = f"[{n.index}, {k.index}]"
+                        raw = code.let(f"vector.load %w{at} : {source}, vector<{lanes}x{stack.element}>")
+                        value = widen(code, raw, stack.element, lanes)
+                        code.line(f"vector.store {value}, %out{at} : {WIDE}, vector<{lanes}xf32>")
             with code.loop(whole, "%size", 1) as k:
                 at = f"[{n.index}, {k.index}]"
                 value = widen_scalar(code, code.let(f"memref.load %w{at} : {source}"), stack.element)
