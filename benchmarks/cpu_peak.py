@@ -23,6 +23,7 @@ FLAT = "memref<?xf32>"
 SUMS = 12
 TURNS = 20_000  # of an item of products
 BLOCK = 1 << 16  # float32s of an item of reading
+STREAMS = 4  # it is read in so many places at once: one stream alone does not keep memory busy
 
 
 def _source(name: str) -> str:
@@ -41,16 +42,18 @@ def _source(name: str) -> str:
             base = code.mul(item, BLOCK)
             start = code.let(f"vector.load %x[{base}] : {FLAT}, {kind}")
             factor = code.let(f"vector.load %x[{code.add(base, lanes)}] : {FLAT}, {kind}")
-            turns, step = (TURNS, 1) if name == "products" else (BLOCK, SUMS // 3 * lanes)
-            count = SUMS if name == "products" else step // lanes
+            turns, step = (TURNS, 1) if name == "products" else (BLOCK // STREAMS, lanes)
+            count = SUMS if name == "products" else STREAMS
             with code.loop(0, turns, step, [start] * count, kind) as loop:
                 if name == "products":
                     loop.give([code.let(f"vector.fma {v}, {factor}, {start} : {kind}") for v in loop.carried])
                 else:
-                    at = code.add(base, loop.index)
-                    read = [
-                        code.let(f"vector.load %x[{code.add(at, n * lanes)}] : {FLAT}, {kind}") for n in range(count)
-                    ]
+                    read = []
+                    for stream in range(STREAMS):
+                        at = code.add(code.add(base, loop.index), stream * BLOCK // STREAMS)
+                        ahead = code.add(at, BLOCK // 16)
+                        code.line(f"memref.prefetch %x[{ahead}], read, locality<2>, data : {FLAT}")
+                        read.append(code.let(f"vector.load %x[{at}] : {FLAT}, {kind}"))
                     loop.give(
                         [code.let(f"arith.addf {v}, {r} : {kind}") for v, r in zip(loop.carried, read, strict=True)]
                     )

@@ -23,7 +23,10 @@ MOST = 3  # tokens of a tile: 3 x 4 sums, 3 of x and 1 of weights are the 16 reg
 
 
 def weight_rows(element: str, tokens: int) -> int:
-    """Rows of weights of a tile: bfloat16 pairs stay in a register for both halves of a step, which costs a row."""
+    """Rows of weights of a tile. bfloat16 pairs stay in a register for both halves of a step, which costs a row; one
+    token of float32 is all reading, and six streams read faster than four."""
+    if tokens == 1 and element == "f32":
+        return 6
     return 3 if split_pairs(element) and tokens == MOST else 4
 
 
