@@ -1,7 +1,8 @@
 """What the processor can do at most: float32 products a second and bytes read a second, by code of our own in a loop.
 
-Library calls are no measure: torch's GEMM reaches half of the peak on some processors. Products: 12 sums in registers, as
-many as a register tile has. Reading: sums over memory far larger than the caches. Threads are those of the kernels.
+Library calls are no measure: torch's GEMM reaches half of the peak on some processors. Products: 12 sums in registers,
+as many as a register tile has. Reading: sums over memory far larger than the caches, with the prefetches that the
+kernels have too. Threads are those of the kernels.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m benchmarks.mlir_experts --tokens 1 8 64 512 --dtype float32 bfloat16 --threads 1 2
 
 Agreement with float64 is checked before anything is timed; a candidate that is not within the budget is not. Each round
-times every candidate once. Wall time and processor time (of all threads) are both kept: where others use the machine, only
-the latter says what a candidate costs. Peaks of products and of reading are measured before and after each cell, by code
-of our own. Results go to benchmarks/results/mlir_experts.json, after every cell.
+times every candidate once. Wall time and processor time (of all threads) are both kept: where others use the machine,
+only the latter says what a candidate costs. Peaks of products and of reading are measured before and after each cell,
+by code of our own. Results go to benchmarks/results/mlir_experts.json, after every cell.
 """
 
 from __future__ import annotations
@@ -164,9 +164,10 @@ def show(cell: dict[str, Any]) -> None:
         f"{name} {row['wall_min']:.1f}/{row['cpu_min']:.1f}" for name, row in cell["milliseconds"].items()
     )
     print(
-        f"{cell['dtype']:8} T={cell['tokens']:<4} {cell['threads']} threads: ahead {cell['ahead_by_wall_min']:.2f}x (wall min) "
-        f"{cell['ahead_by_cpu_min']:.2f}x (cpu min), {cell['share_of_read']:.0%} of {cell['peak_read_gb_s']:.1f} GB/s, "
-        f"{cell['share_of_peak']:.0%} of {cell['peak_gflop_s']:.0f} GFLOP/s, load {cell['load']:.1f} | {times} {cell['notes']}",
+        f"{cell['dtype']:8} T={cell['tokens']:<4} {cell['threads']} threads: "
+        f"ahead {cell['ahead_by_wall_min']:.2f}x (wall min) {cell['ahead_by_cpu_min']:.2f}x (cpu min), "
+        f"{cell['share_of_read']:.0%} of {cell['peak_read_gb_s']:.1f} GB/s, "
+        f"{cell['share_of_peak']:.0%} of {cell['peak_gflop_s']:.0f} GFLOP/s, load {cell['load']:.1f} | {times}",
         flush=True,
     )
 
@@ -211,9 +212,8 @@ def main() -> int:
     for name in options.dtype:
         ahead = [cell["ahead_by_wall_min"] for cell in cells if cell["dtype"] == name]
         cpu = [cell["ahead_by_cpu_min"] for cell in cells if cell["dtype"] == name]
-        print(
-            f"{name}: geometric mean {statistics.geometric_mean(ahead):.2f}x wall, {statistics.geometric_mean(cpu):.2f}x cpu"
-        )
+        means = [statistics.geometric_mean(values) for values in (ahead, cpu)]
+        print(f"{name}: geometric mean {means[0]:.2f}x wall, {means[1]:.2f}x cpu")
     return 0
 
 

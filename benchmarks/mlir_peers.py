@@ -21,7 +21,7 @@ def ort_call(
     import onnxruntime
     from onnx import TensorProto, helper
 
-    experts, rows, hidden = gate_up.shape
+    experts, _, hidden = gate_up.shape
     joint = torch.stack(gate_up.chunk(2, dim=1), dim=2).flatten(1, 2)
     shapes = {"gate_up": joint.shape, "down": down.shape}
     inputs = [

@@ -14,14 +14,15 @@ pytest.importorskip("torch_mlir")
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir import cache
 from dsmoe_runtime.mlir.compile import compile_object, mlir, stages
-from dsmoe_runtime.mlir.experts import kernel, kernel_object
+from dsmoe_runtime.mlir.experts import experts_kernel
 from dsmoe_runtime.mlir.experts_lowering import ExpertsSpec, lower_experts
+from dsmoe_runtime.mlir.kernel import kernel_object
 from dsmoe_runtime.mlir.levels import LEVELS, best_level, cpu_flags, level_named
 from dsmoe_runtime.mlir.loader import LoadedObject
 
 
 def spec(level="avx2", element="f32"):
-    return ExpertsSpec(element, "silu", "concat", False, False, level_named(level))
+    return ExpertsSpec(element, "silu", "concat", False, False, level_named(level), element)
 
 
 @pytest.mark.slow
@@ -31,7 +32,9 @@ def test_every_level_builds_with_its_own_registers_only(level, element, tmp_path
     """Whatever this processor is: a level without AVX512 has no 512-bit register, mask register or ymm16 and up."""
     if shutil.which("objdump") is None:
         pytest.skip("needs objdump")
-    (tmp_path / "kernel.o").write_bytes(kernel_object(spec(level, element)))
+    (tmp_path / "kernel.o").write_bytes(
+        kernel_object(lower_experts(spec(level, element)), level_named(level), "experts")
+    )
     text = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", str(tmp_path / "kernel.o")], capture_output=True, text=True, check=True
     ).stdout
@@ -46,7 +49,7 @@ def test_the_level_is_chosen_by_what_the_processor_lists():
     assert best_level(avx2 | {"avx512f"}).name == "avx2"
     assert best_level(LEVELS["avx512"].flags).name == "avx512"
     assert best_level(LEVELS["avx512_bf16"].flags).name == "avx512_bf16"
-    with pytest.raises(TargetError, match="lacks .*fma"):
+    with pytest.raises(TargetError, match=r"lacks .*fma"):
         best_level(avx2 - {"fma"})
     with pytest.raises(TargetError, match="must be one of avx2"):
         level_named("sse")
@@ -55,7 +58,7 @@ def test_the_level_is_chosen_by_what_the_processor_lists():
 @pytest.mark.skipif(LEVELS["avx512"].flags <= cpu_flags(), reason="this processor has AVX512")
 def test_a_level_that_would_be_an_illegal_instruction_is_refused():
     with pytest.raises(TargetError, match="avx512f"):
-        kernel(spec("avx512"))
+        experts_kernel(spec("avx512"))
 
 
 def test_every_stage_can_be_read():

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from dsmoe_runtime.errors import TargetError
-from dsmoe_runtime.mlir import cache
-from dsmoe_runtime.mlir.compile import compile_object, compiler_version
 from dsmoe_runtime.mlir.descriptors import Arguments, of_memory, of_tensor
 from dsmoe_runtime.mlir.experts_lowering import PHASES, ExpertsSpec, lower_experts
 from dsmoe_runtime.mlir.formats import type_of
-from dsmoe_runtime.mlir.levels import Level, best_level, cpu_flags
-from dsmoe_runtime.mlir.loader import LoadedObject
-from dsmoe_runtime.mlir.project import SCRATCH
+from dsmoe_runtime.mlir.kernel import Kernel, kernel
+from dsmoe_runtime.mlir.levels import Level, best_level
+from dsmoe_runtime.mlir.products import SCRATCH
 from dsmoe_runtime.mlir.team import COUNTER_SPACING
 from dsmoe_runtime.mlir.workspace import Workspace
 from dsmoe_runtime.ops.experts import check_call
@@ -41,15 +39,25 @@ def experts(
     layout: str,
     *,
     level: Level | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dsmoe::experts; `level` is the feature level, by default the best that this processor has."""
+    """dsmoe::experts; `level` is the feature level, by default the best that this processor has.
+
+    `dtype` is that of the result: x's, or float32 for a caller that adds to it before it is rounded.
+    """
     check_call(x, experts, weights, gate_up, down, gate_up_bias, down_bias, activation, layout)
     spec = ExpertsSpec(
-        type_of(x.dtype), activation, layout, gate_up_bias is not None, down_bias is not None, level or best_level()
+        type_of(x.dtype),
+        activation,
+        layout,
+        gate_up_bias is not None,
+        down_bias is not None,
+        level or best_level(),
+        type_of(dtype or x.dtype),
     )
     if x.device.type != "cpu":
         raise TargetError(f"x is on {x.device}; the mlir-cpu kernels take tensors on the CPU")
-    y = x.new_empty(x.shape)
+    y = x.new_empty(x.shape, dtype=dtype or x.dtype)
     if y.numel() == 0:
         return y
     tokens, top_k = experts.shape
@@ -82,7 +90,7 @@ def experts(
                 answers, scratch)),
         ]
     )  # fmt: skip
-    kernel(spec)(arguments.pointers, threads)
+    experts_kernel(spec)(arguments, threads)
     return y
 
 
@@ -98,27 +106,6 @@ def _pitch(size: int, lanes: int) -> int:
 
 
 @functools.cache
-def kernel(spec: ExpertsSpec) -> ctypes._CFuncPtr:
-    """The compiled entry point: from memory, from disk, or made now."""
-    missing = spec.level.flags - cpu_flags()
-    if missing:
-        raise TargetError(f"level {spec.level.name} needs {', '.join(sorted(missing))}, which this processor lacks")
-    return _Kernel(kernel_object(spec), "experts")
-
-
-def kernel_object(spec: ExpertsSpec) -> bytes:
-    """The object file of a kernel for any level, whatever this processor is."""
-    source = lower_experts(spec)
-    key = "\n".join((compiler_version(), spec.level.cpu, spec.level.features, source))
-    return cache.cached(key, lambda: compile_object(source, spec.level, "experts"))
-
-
-class _Kernel:
-    """A function in a loaded object, which it keeps in memory."""
-
-    def __init__(self, image: bytes, name: str) -> None:
-        self._object = LoadedObject(image)
-        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(self._object.address(name))
-
-    def __call__(self, pointers: ctypes.Array, threads: int) -> None:
-        self._call(ctypes.addressof(pointers), threads)
+def experts_kernel(spec: ExpertsSpec) -> Kernel:
+    """Its compiled code."""
+    return kernel(lower_experts(spec), spec.level, "experts")

@@ -11,7 +11,7 @@ after
                                @down(hit expert, block of rows)        products -> answers
                                @combine(token)                         weighted sum in the order of k
 
-Experts without tokens do not occur. Every size is read from the arguments: one compiled module serves all T, H, E, I, K.
+Experts without tokens do not occur. Every size is read from the arguments: one compiled module serves all.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from dsmoe_runtime.mlir import team
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.combine import ANSWERS, OUTPUT, WEIGHTS, combine
+from dsmoe_runtime.mlir.down import down_item
+from dsmoe_runtime.mlir.gate_up import gate_up_item
 from dsmoe_runtime.mlir.gather import FLAT, TOKENS, gather
 from dsmoe_runtime.mlir.lane_tiles import lane_rows
 from dsmoe_runtime.mlir.levels import Level
-from dsmoe_runtime.mlir.project import BLOCK_ROWS, Product, down_item, gate_up_item
+from dsmoe_runtime.mlir.products import BLOCK_ROWS, Product
 from dsmoe_runtime.mlir.row_tiles import MOST, row_range, split_pairs
 from dsmoe_runtime.mlir.sort import INDEX, PLAN, Panels, sort_slots
 from dsmoe_runtime.mlir.weights import Stack, unpack
@@ -42,6 +44,7 @@ class ExpertsSpec:
     gate_up_bias: bool
     down_bias: bool
     level: Level
+    output: str  # the element of y: `element`, or f32 for who adds to it before it is rounded
 
     @property
     def transposed(self) -> bool:
@@ -77,7 +80,7 @@ class ExpertsSpec:
         biases = [(p.bias, p.bias_kind) for p in (self.gate_up, self.down) if p.bias]
         return [
             ("%x", TOKENS.format(self.element)), ("%ids", INDEX), ("%weights", WEIGHTS), *products, *biases,
-            ("%y", OUTPUT.format(self.element)), ("%scalars", FLAT), ("%counters", team.COUNTERS), ("%first", INDEX),
+            ("%y", OUTPUT.format(self.output)), ("%scalars", FLAT), ("%counters", team.COUNTERS), ("%first", INDEX),
             *((f"%{name}", INDEX) for name in PLAN),
             ("%packed", "memref<?x?xf32>"), ("%hidden", "memref<?x?xf32>"), ("%answers", ANSWERS),
             ("%scratch", "memref<?x?xf32>"),
@@ -100,7 +103,7 @@ def lower_experts(spec: ExpertsSpec) -> str:
             unpack(code, product.stack, lanes)
     gate_up_item(code, spec.gate_up, spec.layout, spec.activation)
     down_item(code, spec.down)
-    combine(code, spec.element, lanes)
+    combine(code, spec.output, lanes)
     signature = ", ".join(f"{name}: {kind}" for name, kind in spec.arguments())
     _prepare(code, signature, spec)
     _work(code, signature, spec)
@@ -175,7 +178,7 @@ def _work(code: Code, signature: str, spec: ExpertsSpec) -> None:
                     f"(index, index, {stack.kind}{bias_kind}, {kinds}) -> ()"
                 )
             team.barrier(code)
-        output = OUTPUT.format(spec.element)
+        output = OUTPUT.format(spec.output)
         tokens = code.let(f"memref.dim %y, {code.index(0)} : {output}")
         with team.claimed(code, PHASES.index("combine"), tokens) as token:
             code.line(

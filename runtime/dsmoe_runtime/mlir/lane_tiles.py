@@ -4,10 +4,10 @@
 
     for k:  x_0, x_1 = the panel's two vectors;  for n < R:  b = broadcast w[n, k];  c_n0 = fma(b, x_0, c_n0);  ...
 
-Weights stay in nn.Linear's layout, as a broadcast does not care where its number lies. A panel of x is [K][P], and what
-comes out, [N][P], is again a panel: the hidden state of an expert goes into the second product as it is, and nothing is
-summed across lanes. `@lanes_P` walks over any number of rows. The caller blocks k, so that a panel's part (16 KiB) stays
-in the first-level cache while rows of weights go past.
+Even and odd k are summed apart. Weights stay in nn.Linear's layout, as a broadcast does not care where its number lies.
+A panel of x is [K][P], and what comes out, [N][P], is again a panel: the hidden state of an expert goes into the second
+product as it is, and nothing is summed across lanes. `@lanes_P` walks over any number of rows. The caller blocks k, so
+that a panel's part (16 KiB) stays in the first-level cache while rows of weights go past.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def tile_sizes(vectors: int, tile_rows: int) -> list[int]:
 
 
 def lane_tile(code: Code, lanes: int, vectors: int, rows: int) -> None:
-    """Write `@lanes_{vectors * lanes}x{rows}`; a panel of one vector sums even and odd k apart, for as many sums."""
+    """Write `@lanes_{vectors * lanes}x{rows}`; even and odd k are summed apart."""
     kind, panel, chains = f"vector<{lanes}xf32>", vectors * lanes, 2
     with code.function(f"lanes_{panel}x{rows}", ARGUMENTS):
         w_rows = [code.add("%row", n) for n in range(rows)]
@@ -85,6 +85,7 @@ def lane_rows(code: Code, lanes: int, vectors: int, tile_rows: int) -> None:
             with code.loop(done, stop, rows) as tile:
                 row, out = code.add("%row", tile.index), code.add("%out", tile.index)
                 code.line(
-                    f"func.call @lanes_{panel}x{rows}(%w, {row}, %size, %x, %base, %c, {out}, %column, %ahead) : ({TYPES}) -> ()"
+                    f"func.call @lanes_{panel}x{rows}(%w, {row}, %size, %x, %base, %c, {out}, %column, %ahead) : "
+                    f"({TYPES}) -> ()"
                 )
             done = stop

@@ -75,16 +75,16 @@ class LoadedObject:
                     kind, symbol = info & 0xFFFFFFFF, info >> 32
                     spot = places[section.info] + where
                     target = values[symbol] + addend
-                    number = {
+                    distance = {
                         "64": target, "PC64": target - base - spot, "PC32": target - base - spot,
                         "PLT32": target - base - spot, "GOTPC64": base + table + addend - base - spot,
                         "GOTOFF64": target - base - table, "GOT64": 8 * symbol + addend,
                     }.get(_WIDE.get(kind) or _NARROW.get(kind, ""))  # fmt: skip
-                    if number is None:
+                    if distance is None:
                         raise TargetError(f"the object holds a relocation of type {kind}, which is not known here")
-                    if kind in _NARROW and not -(1 << 31) <= number < 1 << 31:
+                    if kind in _NARROW and not -(1 << 31) <= distance < 1 << 31:
                         raise TargetError(f"{names[symbol][0]} is out of reach for a relocation of type {kind}")
-                    struct.pack_into("<Q" if kind in _WIDE else "<i", self._memory, spot, number & _mask(kind))
+                    struct.pack_into("<Q" if kind in _WIDE else "<i", self._memory, spot, distance & _mask(kind))
         _protect(base, len(self._memory))
 
     def address(self, name: str) -> int:
@@ -134,8 +134,8 @@ def _outside(name: str) -> int:
         return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
     except AttributeError:
         raise TargetError(
-            f"this torch ({torch.__version__}) has no {name}; the mlir-cpu kernels share the OpenMP threads (libgomp) of "
-            "a Linux build of torch"
+            f"this torch ({torch.__version__}) has no {name}; the mlir-cpu kernels share the OpenMP threads (libgomp) "
+            "of a Linux build of torch"
         ) from None
 
 

@@ -6,8 +6,8 @@
     out[m, n] += the lanes of acc_mn
 
 No weight is packed or copied. Rows of x end with zeros up to a multiple of 2 L; of weights the last, partial step is
-copied to the stack and padded there, so that nothing beyond a row is read. bfloat16 is widened in registers, even and odd
-values apart, and rows of x are stored in that order (`store_row`): the sum over k does not mind.
+copied to the stack and padded there, so that nothing beyond a row is read. bfloat16 is widened in registers, even and
+odd values apart, and rows of x are stored in that order (`store_step`): the sum over k does not mind.
 """
 
 from __future__ import annotations

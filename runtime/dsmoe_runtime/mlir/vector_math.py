@@ -1,7 +1,7 @@
 """exp, sigmoid, tanh and erf on vectors of float32, and the activations of ops/activation.py made of them.
 
-MLIR's math dialect would call the scalar functions of libm lane by lane; these are polynomials, at most two units in the
-last place off for exp and a few for erf. NaN gives NaN.
+MLIR's math dialect would call the scalar functions of libm lane by lane; these are polynomials. silu by them is at most
+1.7e-7 off (relative), torch's 1.3e-7. NaN gives NaN.
 
     exp(x) = 2^n p(x - n ln 2),  n = round(x / ln 2), ln 2 in two parts (Cephes)
     erf(x) = x P(x^2) / Q(x^2) on [-4, 4], and its ends outside (Eigen)
@@ -16,6 +16,10 @@ from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.ops.activation import CUBIC
 
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_LOG = (
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+    2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+)  # fmt: skip
 _ERF_P = (
     -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05, -7.34990630326855e-04,
     -2.95459980854025e-03, -1.60960333262415e-02,
@@ -93,6 +97,41 @@ class VectorMath:
         biased = code.let(f"arith.addi {n}, {bias} : {self.words}")
         bits = code.let(f"arith.shli {biased}, {shift} : {self.words}")
         return code.let(f"vector.bitcast {bits} : {self.words} to {self.kind}")
+
+    def log(self, x: str) -> str:
+        """Of positive, finite, normal numbers (Cephes)."""
+        code = self.code
+
+        def word(value: int) -> str:
+            return code.let(f"arith.constant dense<{value}> : {self.words}", "k")
+
+        bits = code.let(f"vector.bitcast {x} : {self.kind} to {self.words}")
+        # x = 2^n m with m in [sqrt(1/2), sqrt(2))
+        shifted = code.let(f"arith.subi {bits}, {word(0x3F3504F3)} : {self.words}")
+        n = code.let(f"arith.shrsi {shifted}, {word(23)} : {self.words}")
+        scale = code.let(f"arith.shli {n}, {word(23)} : {self.words}")
+        mantissa = code.let(f"arith.subi {bits}, {scale} : {self.words}")
+        m = code.let(f"vector.bitcast {mantissa} : {self.words} to {self.kind}")
+        n = code.let(f"arith.sitofp {n} : {self.words} to {self.kind}")
+        r = self.sub(m, self.constant(1.0))
+        square = self.mul(r, r)
+        y = self.mul(self.mul(self.polynomial(r, _LOG), r), square)
+        y = self.fma(n, self.constant(-2.12194440e-4), y)
+        y = self.fma(square, self.constant(-0.5), y)
+        return self.fma(n, self.constant(0.693359375), self.add(r, y))
+
+    def softplus(self, x: str) -> str:
+        """log(1 + exp(x)), and x itself from 20 on, as torch has it; 1 + e is rounded, and that is put right."""
+        e, one = self.exp(self.minimum(x, self.constant(20.0))), self.constant(1.0)
+        total = self.add(one, e)
+        kept = self.sub(total, one)
+        value = self.mul(self.log(total), self.div(e, kept))
+        nothing = self.code.let(f"arith.cmpf oeq, {kept}, {self.constant(0.0)} : {self.kind}")
+        value = self.select(nothing, e, value)
+        return self.select(self.code.let(f"arith.cmpf ugt, {x}, {self.constant(20.0)} : {self.kind}"), x, value)
+
+    def select(self, condition: str, a: str, b: str) -> str:
+        return self.code.let(f"arith.select {condition}, {a}, {b} : vector<{self.lanes}xi1>, {self.kind}")
 
     def sigmoid(self, x: str) -> str:
         one = self.constant(1.0)

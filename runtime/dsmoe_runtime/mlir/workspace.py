@@ -1,4 +1,4 @@
-"""Memory that a kernel works in: one block for each Python thread, kept and grown, so that no call faults pages anew."""
+"""Memory that a kernel works in: one block for each Python thread, kept and grown, so no call faults pages anew."""
 
 from __future__ import annotations
 
