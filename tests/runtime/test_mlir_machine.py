@@ -48,7 +48,6 @@ def test_the_level_is_chosen_by_what_the_processor_lists():
     assert best_level(avx2).name == "avx2"
     assert best_level(avx2 | {"avx512f"}).name == "avx2"
     assert best_level(LEVELS["avx512"].flags).name == "avx512"
-    assert best_level(LEVELS["avx512_bf16"].flags).name == "avx512_bf16"
     with pytest.raises(TargetError, match=r"lacks .*fma"):
         best_level(avx2 - {"fma"})
     with pytest.raises(TargetError, match="must be one of avx2"):

@@ -19,7 +19,6 @@ class Level:
     cpu: str  # LLVM's name
     features: str  # LLVM's features beyond those of `cpu`
     flags: frozenset[str]  # what /proc/cpuinfo must list
-    dot_bf16: bool = False  # vdpbf16ps: two bfloat16 products and a float32 sum in one instruction
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})
@@ -29,8 +28,8 @@ LEVELS = {
     level.name: level
     for level in (
         Level("avx2", 8, 6, "x86-64-v3", "", _AVX2),
-        Level("avx512", 16, 12, "x86-64-v4", "", _AVX512),
-        Level("avx512_bf16", 16, 12, "x86-64-v4", "+avx512bf16", _AVX512 | {"avx512_bf16"}, dot_bf16=True),
+        # x86-64-v4 alone is tuned for 256-bit registers, as the first processors that had AVX512 were.
+        Level("avx512", 16, 12, "x86-64-v4", "+avx512f,-prefer-256-bit", _AVX512),
     )
 }
 
