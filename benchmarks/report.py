@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_report
+from benchmarks import gpu_report, onnx_report
 from benchmarks.markdown import conditions, table
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,6 +25,7 @@ GPU = {
     "gpu_layer": gpu_report.layer,
     "gpu_training": gpu_report.training,
     "gpu_model": gpu_report.model,
+    "onnx_gpu": onnx_report.gpu,
 }
 
 
@@ -41,6 +42,8 @@ def tables(folder: Path = RESULTS) -> str:
             parts.append(compile_time(record))
         elif record.get("benchmark") in GPU:
             parts.append(GPU[record["benchmark"]](record))
+        elif "runs" in record:
+            parts.append(onnx_report.cpu(record))
         elif "layer" in record and "dtypes" in record:
             parts.append(layer(record))
         else:

@@ -2,8 +2,8 @@
 
     import dsmoe_compiler as dsmoe
 
-`compile`, `explain` and `load` come from `dsmoe_compiler.api`; they are fetched when first asked for, so that
-importing the package costs no import of torch.
+`compile`, `export_onnx`, `explain` and `load` come from `dsmoe_compiler.api`; they are fetched when first asked for, so
+that importing the package costs no import of torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dsmoe_compiler.version import __version__
 
 if TYPE_CHECKING:
-    from dsmoe_compiler.api import compile, explain, load
+    from dsmoe_compiler.api import compile, explain, export_onnx, load
     from dsmoe_compiler.artifact import Artifact
     from dsmoe_compiler.config import CompileConfig
     from dsmoe_compiler.explanation import Explanation
@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "compile",
     "explain",
+    "export_onnx",
     "load",
     "register_experts",
     "use_experts",
@@ -39,6 +40,7 @@ HOMES = {
     "Runner": "runner",
     "compile": "api",
     "explain": "api",
+    "export_onnx": "api",
     "load": "api",
     "register_experts": "huggingface",
     "use_experts": "huggingface",

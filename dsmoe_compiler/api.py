@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
 from dsmoe_runtime.errors import ConfigError, NotFusedError
 
-__all__ = ["compile", "explain", "load"]
+__all__ = ["compile", "explain", "export_onnx", "load"]
 log = logging.getLogger(__name__)
 Model = str | Path | Loaded | Transformer | Pretrained
 
@@ -54,6 +55,10 @@ def compile(
     """
     config = config or CompileConfig()
     loaded = as_loaded(model, config)
+    if config.formats == ("onnx",):
+        from dsmoe_compiler.targets.onnx.compiling import compile_onnx
+
+        return compile_onnx(loaded, config, progress)
     if isinstance(loaded, Pretrained):
         from dsmoe_compiler.huggingface.compiling import compile_pretrained
 
@@ -86,6 +91,22 @@ def compile(
         stage.discard()
         raise
     return artifact
+
+
+def export_onnx(
+    model: Model,
+    folder: str | Path,
+    *,
+    profile: str = "portable",
+    config: CompileConfig | None = None,
+    progress: Callable[[str], None] = log.info,
+) -> Path:
+    """Write `model` to `folder` as an ONNX model that was found to be the same model on its provider.
+
+    `compile(...).save(folder)` with `formats=("onnx",)` and this profile; what else is in `config` holds.
+    """
+    config = replace(config or CompileConfig(formats=("onnx",)), formats=("onnx",), profile=profile)
+    return compile(model, config=config, progress=progress).save(folder)
 
 
 def explain(
@@ -156,9 +177,10 @@ def operator(graph: fx.GraphModule, node: fx.Node, *, shared: bool) -> Callable[
 def as_loaded(model: Model, config: CompileConfig) -> Loaded | Pretrained:
     """`model` as `load_model` or `load_folder` gives it. Raises: ConfigError for anything else, or another dtype."""
     if isinstance(model, str | Path):
+        device = config.capture_device
         if str(model) not in PRESETS and is_for_transformers(model):
-            return load_folder(model, dtype=config.torch_dtype, device=config.target or "cpu")
-        return load_model(model, dtype=config.torch_dtype, device=config.target or "cpu", seed=config.seed)
+            return load_folder(model, dtype=config.torch_dtype, device=device)
+        return load_model(model, dtype=config.torch_dtype, device=device, seed=config.seed)
     if isinstance(model, Transformer):
         model = Loaded(model, model.config, None, "a model in memory", ())
     if is_pretrained(model):

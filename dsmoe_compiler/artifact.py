@@ -3,7 +3,8 @@
     manifest.json            format, versions, source, shapes, processor, phases, layers, proof, hash of every file
     config.json              the model's configuration
     tokenizer.json, tokenizer_config.json    where the model has a tokenizer
-    prefill.pt2, decode.pt2  native code, one package a phase
+    prefill.pt2, decode.pt2  native code, one package a phase; or
+    model.onnx               both phases for ONNX Runtime
     weights/*.safetensors    one set, for all phases
     report/                  what people look at
 
@@ -29,6 +30,8 @@ from dsmoe_compiler.runner import Runner, Shapes
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
 from dsmoe_compiler.targets.aoti import PhaseReport
+from dsmoe_compiler.targets.onnx.opening import check_model
+from dsmoe_compiler.targets.onnx.runner import KERNELS, open_onnx
 from dsmoe_compiler.targets.package import Program, open_package
 from dsmoe_compiler.targets.replay import Replayed
 from dsmoe_compiler.targets.weights import WEIGHTS, read_weights
@@ -42,6 +45,7 @@ FORMAT, FORMAT_VERSION = "dsmoe-artifact", 1
 MANIFEST, CONFIG = "manifest.json", "config.json"
 MODEL_TYPE = "deepseek"
 MANIFEST_LIMIT, CONFIG_LIMIT = 64 * 2**20, 4 * 2**20  # bytes
+RUN = (".pt2", ".onnx", ".so", ".safetensors")  # what is loaded if it is there
 FIELDS: dict[str, type] = {
     "format_version": int,
     "tool_version": str,
@@ -68,8 +72,18 @@ class Artifact:
         self.tokenizer = tokenizer
         self.manifest = manifest
 
-    def runner(self, device: torch.device | str | None = None, *, cuda_graph: bool = True) -> Runner:
+    def runner(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        cuda_graph: bool = True,
+        library: bool = False,
+        threads: int | None = None,
+    ) -> Runner:
         """Run it from where it lies now, published or not; the arguments are those of `load`."""
+        if "onnx" in self.manifest:
+            seen = interface(self.folder, self.manifest, self.config)
+            return open_onnx(self.folder, self.manifest, seen, self.tokenizer, device, library, threads)
         return open_runner(
             self.folder, self.manifest, self.config, self.tokenizer, device=device, cuda_graph=cuda_graph
         )
@@ -121,7 +135,7 @@ def assemble(
         "torch_version": torch.__version__,
         "source": source,
         "target": target,
-        "processor": aoti.requirement(target),
+        "processor": aoti.requirement(target) if phases else {},
         "dtype": dtype,
         "batch_size": batch_size,
         "capacity": capacity,
@@ -148,11 +162,15 @@ def load(
     device: torch.device | str | None = None,
     check_weights: bool = True,
     cuda_graph: bool = True,
+    library: bool = False,
+    threads: int | None = None,
 ) -> Runner:
     """A runner for a published artifact.
 
     `check_weights` False skips the hashes of `weights/`, the bulk of a large one. `cuda_graph` False launches each
-    kernel of a decode step by itself, as a profiler wants it; on the CPU it means nothing.
+    kernel of a decode step by itself, as a profiler wants it; on the CPU it means nothing. Of ONNX models: `library`
+    runs the experts by our library, which is built for this machine if it has to be, instead of the functions in the
+    file; `threads` of an operator, None: as many as there are cores.
 
     Raises: ArtifactError for a folder that is none, is damaged or altered, is newer than this tool, or was compiled for
     another torch or processor.
@@ -165,6 +183,11 @@ def load(
         tokenizer = load_tokenizer(folder) if "tokenizer.json" in manifest["files"] else None
     except (CheckpointError, ConfigError) as error:
         raise ArtifactError(f"{folder} is damaged: {error}") from None
+    if "onnx" in manifest:
+        check_model(folder, check_weights=check_weights)
+        return open_onnx(folder, manifest, interface(folder, manifest, config), tokenizer, device, library, threads)
+    if library or threads is not None:
+        raise ConfigError(f"{folder} holds native code, not an ONNX model: library and threads mean nothing to it")
     return open_runner(folder, manifest, config, tokenizer, device=device, cuda_graph=cuda_graph)
 
 
@@ -188,7 +211,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if type(manifest.get(name)) is not kind:
             raise ArtifactError(f"{folder} is damaged: {name} in {MANIFEST} is not a {kind.__name__}")
     theirs, ours = manifest["torch_version"].partition("+")[0], torch.__version__.partition("+")[0]
-    if theirs != ours:
+    if theirs != ours and manifest["phases"]:
         raise ArtifactError(
             f"{folder} was compiled with torch {theirs}, this is {ours}: packages of AOTInductor run with the torch "
             f"that made them. Install torch=={theirs}, or compile the model again (source: {manifest.get('source')})"
@@ -258,7 +281,7 @@ def interface(folder: Path, manifest: dict[str, Any], config: dict[str, Any]) ->
 
 def check_files(folder: Path, files: dict[str, Any], *, check_weights: bool) -> None:
     """Every listed file is there, is a plain file in the folder, and has its size and hash; nothing else is loaded."""
-    for name in (CONFIG, *(n for n in listed(folder) if n.endswith((".pt2", ".safetensors")))):
+    for name in (CONFIG, *(n for n in listed(folder) if n.endswith(RUN) or n.startswith(f"{KERNELS}/"))):
         if name not in files:
             raise ArtifactError(f"{folder} holds {name}, which its manifest does not list: it was altered")
     paths = {name: inside(folder, name) for name in files}

@@ -11,7 +11,8 @@ from dsmoe_runtime.errors import ConfigError, TargetError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TARGETS = ("cpu", "cuda")
-FORMATS = ("aoti",)
+FORMATS = ("aoti", "onnx")
+PROFILES = ("portable", "ort-cuda", "ort-contrib")
 DEFAULT_CAPACITY = 512
 
 
@@ -19,7 +20,11 @@ DEFAULT_CAPACITY = 512
 class CompileConfig:
     """`target` None: CUDA where there is a GPU, else the CPU. `dtype` None: as stored, or as the model is.
 
-    `max_seq_len`: positions of the KV cache, prompt and answer together; None: the model's own limit, at most 512.
+    `formats`: one of them an artifact. `profile`: of "onnx", for any ONNX Runtime ("portable"; target None is then the
+    CPU), for our kernels on a GPU ("ort-cuda"), or by ONNX Runtime's own operator ("ort-contrib").
+    `functions` False leaves the op's meaning in standard operators out of an "ort-cuda" model.
+    `max_seq_len`: positions of the KV cache, prompt and answer together; None: the model's own limit, at most 512 where
+    memory is set aside for them. `batch_size`: sequences at a time; "onnx" takes any number of them.
     `strict`: a layer left alone is an error. `verify` False skips the proof, and the manifest says so. `debug`: compare
     numbers after each pass.
 
@@ -29,6 +34,8 @@ class CompileConfig:
     target: str | None = None
     formats: tuple[str, ...] = ("aoti",)
     dtype: str | None = None
+    profile: str = "portable"
+    functions: bool = True
     batch_size: int = 1
     max_seq_len: int | None = None
     strict: bool = False
@@ -38,14 +45,18 @@ class CompileConfig:
 
     def __post_init__(self) -> None:
         if self.target is None:
-            object.__setattr__(self, "target", "cuda" if torch.cuda.is_available() else "cpu")
+            object.__setattr__(self, "target", self._target())
         if self.target not in TARGETS:
             raise ConfigError(f"target is {self.target!r}; it must be one of {', '.join(TARGETS)}")
-        if self.target == "cuda" and not torch.cuda.is_available():
+        ahead = "onnx" in self.formats and not self.verify  # written without a look at the GPU that it is for
+        if self.target == "cuda" and not torch.cuda.is_available() and not ahead:
             raise TargetError(f"target cuda needs a GPU; torch {torch.__version__} sees none here. Use target cpu")
         unknown = [f for f in self.formats if f not in FORMATS]
         if unknown or not self.formats:
             raise ConfigError(f"formats is {self.formats!r}; this version writes {', '.join(FORMATS)}")
+        if len(self.formats) > 1:
+            raise ConfigError(f"formats is {self.formats!r}; an artifact has one format: compile once for each")
+        self._check_profile()
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         for name in ("batch_size", "max_seq_len"):
@@ -53,10 +64,34 @@ class CompileConfig:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
 
+    def _target(self) -> str:
+        if "onnx" in self.formats and self.profile != "ort-cuda":
+            return "cpu"
+        return "cuda" if torch.cuda.is_available() or self.profile == "ort-cuda" else "cpu"
+
+    def _check_profile(self) -> None:
+        if self.profile not in PROFILES:
+            raise ConfigError(f"profile is {self.profile!r}; it must be one of {', '.join(PROFILES)}")
+        if not self.functions and self.profile != "ort-cuda":
+            raise ConfigError(f"functions may be left out of profile ort-cuda only; profile is {self.profile!r}")
+        if self.formats != ("onnx",):
+            if self.profile != "portable":
+                raise ConfigError(f"profile {self.profile!r} belongs to format onnx; formats is {self.formats!r}")
+            return
+        if self.profile == "ort-cuda" and self.target != "cuda":
+            raise ConfigError(f"profile ort-cuda is for target cuda; target is {self.target!r}")
+        if self.batch_size != 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; an ONNX model takes any number of rows: leave it out")
+
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """`dtype` as torch has it."""
         return None if self.dtype is None else DTYPES[self.dtype]
+
+    @property
+    def capture_device(self) -> str:
+        """Where the model is loaded and captured: ONNX knows no device, and is written from the CPU."""
+        return "cpu" if self.formats == ("onnx",) else self.target or "cpu"
 
     def capacity(self, limit: int) -> int:
         """Positions of the KV cache. Raises: ConfigError, if the model has fewer, `limit`, than were asked for."""

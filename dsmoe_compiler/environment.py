@@ -24,8 +24,10 @@ OPTIONAL = (
     ("triton", "GPU kernels", "comes with a CUDA build of torch"),
     ("transformers", "dsmoe compare --against hf", 'pip install "transformers>=5.17,<5.24"'),
     ("matplotlib", "plots beside the report", 'pip install "dsmoe-compiler[report]"'),
-    ("onnx", "ONNX export (not in this version)", 'pip install "dsmoe-compiler[onnx]"'),
-    ("onnxruntime", "running ONNX (not in this version)", 'pip install "dsmoe-compiler[onnx]"'),
+    ("onnx", "dsmoe compile --format onnx", 'pip install "dsmoe-compiler[onnx]"'),
+    ("onnxscript", "dsmoe compile --format onnx", 'pip install "dsmoe-compiler[onnx]"'),
+    ("onnxruntime", "proving and running ONNX on the CPU", 'pip install "dsmoe-compiler[onnx]"'),
+    ("onnxruntime-gpu", "proving and running ONNX on a GPU", 'pip install "dsmoe-compiler[gpu]"'),
     ("torch-mlir", "MLIR export (not in this version)", 'pip install "dsmoe-compiler[mlir]"'),
 )
 
@@ -137,6 +139,7 @@ def _abilities(packages: dict[str, str | None], gpus: tuple[Gpu, ...], compiler:
             remedy=None if compiler else "install g++ or clang++ (Debian: apt-get install g++), or name one with CXX",
         ),
         _cuda_ability(packages["triton"], gpus, compiler),
+        _onnx_ability(packages),
         Ability(
             name='torch.compile(backend="dsmoe")',
             ok=registered,
@@ -165,6 +168,15 @@ def _cuda_ability(triton: str | None, gpus: tuple[Gpu, ...], compiler: str | Non
         remedy = "install g++ or clang++, or name one with CXX"
     detail = ", ".join(gpu.name for gpu in gpus) or "no GPU"
     return Ability(name="compile --target cuda", ok=remedy is None, detail=detail, remedy=remedy)
+
+
+def _onnx_ability(packages: dict[str, str | None]) -> Ability:
+    runtime = packages["onnxruntime"] or packages["onnxruntime-gpu"]
+    wanted = {"onnx": packages["onnx"], "onnxscript": packages["onnxscript"], "onnxruntime": runtime}
+    missing = [name for name, version in wanted.items() if version is None]
+    detail = f"no {', '.join(missing)}" if missing else f"onnxruntime {runtime}"
+    remedy = 'pip install "dsmoe-compiler[onnx]"' if missing else None
+    return Ability(name="compile --format onnx", ok=not missing, detail=detail, remedy=remedy)
 
 
 def _gpus() -> tuple[Gpu, ...]:

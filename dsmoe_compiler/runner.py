@@ -158,14 +158,17 @@ class Runner:
             raise InputError(f"ids must be [B, S] int64, got {list(ids_BS.shape)} {ids_BS.dtype}")
         if ids_BS.device != self.device:
             raise InputError(f"ids are on {ids_BS.device}, the artifact runs on {self.device}: move them")
-        if ids_BS.shape[0] != self.batch_size:
-            raise InputError(
-                f"ids have {ids_BS.shape[0]} rows, the artifact was compiled for batch_size = {self.batch_size}"
-            )
+        self._check_rows(ids_BS)
         if ids_BS.numel():
             low, high = torch.stack(ids_BS.aminmax()).tolist()  # on a GPU one wait, not two
             if low < 0 or high >= self.vocab_size:
                 raise InputError(f"ids span [{low}, {high}], vocab_size = {self.vocab_size}")
+
+    def _check_rows(self, ids_BS: Tensor) -> None:
+        if ids_BS.shape[0] != self.batch_size:
+            raise InputError(
+                f"ids have {ids_BS.shape[0]} rows, the artifact was compiled for batch_size = {self.batch_size}"
+            )
 
     def _run(self, phase: str, inputs: list[Tensor], cache: KVCache) -> tuple[Tensor, Tensor]:
         layers = len(self.shapes)

@@ -29,21 +29,29 @@ EXAMPLES = """\
   dsmoe compile deepseek-moe-tiny -o out/tiny
   dsmoe compile path/to/checkpoint -o out/model --dtype bf16 --max-seq-len 4096
   dsmoe compile path/to/checkpoint -o out/model --target cuda --strict --json
+  dsmoe compile path/to/checkpoint -o out/model --format onnx --dtype fp16
 
 OUT appears only when the compiled model was found to be the same model; otherwise exit 3 and nothing is left behind.
 """
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("aoti",)
-LATER = ("onnx", "mlir")
+FORMATS = ("aoti", "onnx")
+LATER = ("mlir",)
+PROFILES = ("portable", "ort-cuda", "ort-contrib")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the artifact folder to write")
     parser.add_argument("--target", choices=TARGETS, help="what it will run on (cuda where there is a GPU, else cpu)")
-    parser.add_argument("--format", type=names, default=FORMATS, metavar="FORMAT,...", help="what to write (aoti)")
+    parser.add_argument("--format", type=names, default=("aoti",), metavar="FORMAT", help="what to write (aoti|onnx)")
+    parser.add_argument(
+        "--profile", choices=PROFILES, default=PROFILES[0], help="of onnx, what it relies on (portable)"
+    )
+    parser.add_argument(
+        "--no-function", action="store_true", help="of ort-cuda: without the op's body for other runtimes"
+    )
     add_dtype(parser)
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="sequences at a time (1)")
     parser.add_argument(
@@ -75,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     config = CompileConfig(
         **chosen,
         formats=args.format,
+        profile=args.profile,
+        functions=not args.no_function,
         dtype=DTYPES.get(args.dtype),
         batch_size=args.batch_size,
         max_seq_len=args.max_seq_len,
@@ -84,11 +94,11 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     loaded: Loaded | Pretrained
     if is_for_transformers(args.model):
-        loaded = load_folder(args.model, dtype=config.torch_dtype, device=config.target or "cpu")
+        loaded = load_folder(args.model, dtype=config.torch_dtype, device=config.capture_device)
     else:
         with progress_bar(f"loading {args.model}") as progress:
             loaded = load_model(
-                args.model, dtype=config.torch_dtype, device=config.target or "cpu", seed=args.seed, progress=progress
+                args.model, dtype=config.torch_dtype, device=config.capture_device, seed=args.seed, progress=progress
             )
     for note in loaded.notes:
         log.info("%s: %s", args.model, note)
@@ -126,3 +136,5 @@ def check_formats(formats: tuple[str, ...]) -> None:
             raise UsageError(f"--format {name} is not there yet; {there}")
         if name not in FORMATS:
             raise UsageError(f"--format {name} is unknown; {there}")
+    if len(formats) > 1:
+        raise UsageError(f"--format {','.join(formats)}: an artifact has one format; compile once for each")

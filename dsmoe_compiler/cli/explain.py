@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsmoe_compiler.cli.console import UsageError, print_json, print_table, say
@@ -19,6 +21,7 @@ EXAMPLES = """\
   dsmoe explain deepseek-moe-tiny
   dsmoe explain deepseek-moe-tiny --stage fuse_moe
   dsmoe explain path/to/checkpoint --strict --json > layers.json
+  dsmoe explain out/tiny                    an artifact: what was fused when it was compiled; of ONNX, each layer's node
 """
 
 log = logging.getLogger(__name__)
@@ -32,13 +35,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_model(args.model)
-
-    from dsmoe_compiler.api import explain
-
+    compiled = (Path(args.model) / "manifest.json").is_file()
+    if not compiled:
+        check_model(args.model)
     if args.stage is not None:
-        check_stage(args.stage)
-    explanation = explain(args.model, stage=args.stage)
+        check_stage(args.stage, compiled)
+    if compiled:
+        explanation = remembered(Path(args.model))
+    else:
+        from dsmoe_compiler.api import explain
+
+        explanation = explain(args.model, stage=args.stage)
     if args.json:
         print_json(explanation.to_dict())
     else:
@@ -50,10 +57,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_stage(stage: str) -> None:
+def remembered(folder: Path) -> Explanation:
+    """What an artifact's manifest says of its layers; an ONNX model's name the nodes that they became."""
+    from dsmoe_compiler.artifact import read_manifest
+    from dsmoe_compiler.explanation import Explanation, LayerReport
+    from dsmoe_runtime.errors import ArtifactError
+
+    manifest = read_manifest(folder)
+    try:
+        nodes = manifest["onnx"]["nodes"] if "onnx" in manifest else {}
+        layers = [LayerReport(**layer) for layer in manifest["layers"]]
+        kernels = {layer.name: f"node {nodes[layer.name]}" for layer in layers if layer.name in nodes}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{folder} is damaged: its manifest tells no layers ({error}). Compile it again") from None
+    return Explanation(tuple(replace(layer, kernel=kernels.get(layer.name, layer.kernel)) for layer in layers), ())
+
+
+def check_stage(stage: str, compiled: bool) -> None:
     """Raises UsageError naming the passes there are."""
     from dsmoe_passes import pipeline
 
+    if compiled:
+        raise UsageError("--stage shows graphs of a model; an artifact has none: name the model that it was made of")
     passes = [run_pass.__name__ for run_pass in pipeline.PIPELINE]
     if stage not in (*passes, "all"):
         raise UsageError(f"--stage {stage!r} is no pass; there are {', '.join(passes)}, and all")
@@ -73,6 +98,8 @@ def _print(explanation: Explanation, *, with_graphs: bool) -> None:
     for note in explanation.notes:
         say(f"note: {note}")
 
+    if not explanation.passes:
+        return
     say("")
     print_table(
         ("graph", "pass", "rewritten", "refused", "ms"),

@@ -13,7 +13,7 @@ import traceback
 from types import FrameType
 from typing import NoReturn, Protocol, cast
 
-from dsmoe_compiler.cli import compare, doctor, explain, generate, info, tune
+from dsmoe_compiler.cli import build_ort, compare, doctor, explain, generate, info, tune
 from dsmoe_compiler.cli import compile as compile_verb
 from dsmoe_compiler.cli import list as list_verb
 from dsmoe_compiler.cli.console import UsageError, accept_any_text, set_up_log
@@ -51,7 +51,7 @@ class Verb(Protocol):
     def run(self, args: argparse.Namespace) -> int: ...
 
 
-VERBS: tuple[Verb, ...] = (compile_verb, compare, explain, generate, list_verb, info, tune, doctor)
+VERBS: tuple[Verb, ...] = (compile_verb, compare, explain, generate, list_verb, info, tune, build_ort, doctor)
 
 
 def build_parser() -> argparse.ArgumentParser:

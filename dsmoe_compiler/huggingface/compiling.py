@@ -126,7 +126,8 @@ def tell_experts(graph: fx.GraphModule) -> Sizes:
         raise ConfigError(f"layers choose {sorted({k for _, k in sizes})} experts a token: artifacts want one number")
     if chosen:
         stacked = call(graph.graph, aten.stack.default, (chosen,), before=output, like=chosen[-1])
-        output.args = ((output.args[0][0], stacked),)  # type: ignore[index]
+        logits, _, *rest = output.args[0]  # type: ignore[misc, str-unpack]
+        output.args = ((logits, stacked, *rest),)
         graph.graph.eliminate_dead_code()
         graph.graph.lint()
         graph.recompile()

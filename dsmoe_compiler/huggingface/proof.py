@@ -28,6 +28,7 @@ from dsmoe_compiler.verify.result import Check, Verification
 from dsmoe_compiler.verify.trace import RunnerLike, Trace, cache_rows, run
 from dsmoe_compiler.verify.whole import check_cache, check_greedy, check_logits, check_repeat
 from dsmoe_model.attention import KVCache
+from dsmoe_runtime.agreement import OWN_KERNELS, Allowance
 
 SPARE = 2  # choices that may differ from float64's where eager has none
 TOPK = {torch.topk, Tensor.topk}
@@ -36,11 +37,12 @@ Sizes = list[tuple[int, int]]  # experts and top-k of each layer with routed exp
 
 def prove(
     pretrained: Pretrained, runner: RunnerLike, shapes: Shapes, sizes: Sizes, *, config: CompileConfig,
-    progress: Callable[[str], None],
+    progress: Callable[[str], None], allowance: Allowance = OWN_KERNELS,
 ) -> Verification:  # fmt: skip
     """Compare `runner`, the artifact on its target, with the eager model in the same dtype, and both with float64.
 
-    `sizes` of the layers whose experts the artifact reports. Raises nothing for a difference: see `Verification.ok`.
+    `sizes` of the layers whose experts the artifact reports; `allowance` as of `verify`. Raises nothing for a
+    difference: see `Verification.ok`.
     """
     start = time.perf_counter()
     model = pretrained.model
@@ -61,8 +63,8 @@ def prove(
         )
     routing = check_choices(ours, eager, natural, natural_eager)
     checks = [
-        check_cache(ours, eager, exact, exact_eager),
-        check_logits(ours, eager, exact, exact_eager),
+        check_cache(ours, eager, exact, exact_eager, allowance),
+        check_logits(ours, eager, exact, exact_eager, allowance),
         routing,
         check_greedy(ours, eager, exact if routing.ok else exact_eager, exact_eager),
         check_repeat(ours, again),

@@ -42,6 +42,12 @@ def write_weights(
                 raise TargetError(f"{phase}: the name {phase}.{target!r} is taken by another weight")
             stored[name] = tensor
             names[phase][target] = name
+    write_shards(stored, folder, progress=progress)
+    return names
+
+
+def write_shards(stored: dict[str, Tensor], folder: Path, *, progress: Callable[[str], None]) -> None:
+    """Write the tensors into as many files as their size takes."""
     shards: list[list[tuple[str, Tensor]]] = [[]]
     for name, weight in stored.items():
         if shards[-1] and sum(t.nbytes for _, t in shards[-1]) + weight.nbytes > SHARD_BYTES:
@@ -51,7 +57,6 @@ def write_weights(
     for number, shard in enumerate(shards, 1):
         write_shard(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors", shard)
         progress(f"weights: {number} of {len(shards)} files, {len(stored)} tensors")
-    return names
 
 
 def same(a: Tensor, b: Tensor) -> bool:

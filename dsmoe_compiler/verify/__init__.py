@@ -21,6 +21,7 @@ from dsmoe_compiler.verify.whole import check_cache, check_greedy, check_logits,
 from dsmoe_model.attention import KVCache
 from dsmoe_model.moe import MoE
 from dsmoe_model.transformer import Transformer
+from dsmoe_runtime.agreement import OWN_KERNELS, Allowance
 
 __all__ = ["Check", "FusedLayer", "Verification", "probes", "verify"]
 
@@ -35,11 +36,12 @@ def verify(
     *,
     config: CompileConfig,
     progress: Callable[[str], None] | None = None,
+    allowance: Allowance = OWN_KERNELS,
 ) -> Verification:
     """Compare `runner`, the artifact on its target, with `model`, eager in the same dtype on the same device.
 
-    `layers` are the fused layers with their operators. Raises nothing for a difference: the caller decides by
-    `Verification.ok`.
+    `layers` are the fused layers with their operators. `allowance` says how far the runner may be off. Raises
+    nothing for a difference: the caller decides by `Verification.ok`.
     """
     say = progress or (lambda message: None)
     start = time.perf_counter()
@@ -75,8 +77,8 @@ def verify(
     scores = [[_joined(layer_calls, runner.batch_size) for layer_calls in kept] for kept in calls]
     routing = check_routing(model, ours, eager, scores, exact, exact_eager)
     checks += [
-        check_cache(ours, eager, exact, exact_eager),
-        check_logits(ours, eager, exact, exact_eager),
+        check_cache(ours, eager, exact, exact_eager, allowance),
+        check_logits(ours, eager, exact, exact_eager, allowance),
         routing,
         check_greedy(ours, eager, exact if routing.ok else exact_eager, exact_eager),
         check_repeat(ours, again),

@@ -18,11 +18,15 @@ from dsmoe_compiler.verify.result import Check
 from dsmoe_compiler.verify.trace import Trace
 from dsmoe_model.moe import MoE
 from dsmoe_model.transformer import Transformer
-from dsmoe_runtime.agreement import routing_agreement, within_budget
+from dsmoe_runtime.agreement import OWN_KERNELS, Allowance, routing_agreement, within_budget
 
 
 def check_cache(
-    ours: Sequence[Trace], eager: Sequence[Trace], exact: Sequence[Exact], exact_eager: Sequence[Exact]
+    ours: Sequence[Trace],
+    eager: Sequence[Trace],
+    exact: Sequence[Exact],
+    exact_eager: Sequence[Exact],
+    allowance: Allowance = OWN_KERNELS,
 ) -> Check:
     """Every cache row of every layer.
 
@@ -40,6 +44,8 @@ def check_cache(
                 eager=_rows([getattr(trace, part)[layer] for trace in eager]),
                 exact=_rows([getattr(values, part)[layer] for values in exact]),
                 exact_eager=_rows([getattr(values, part)[layer] for values in exact_eager]),
+                factor=allowance.factor,
+                level=allowance.level,
             )
             for part in ("key", "value")
         }
@@ -66,7 +72,11 @@ def check_cache(
 
 
 def check_logits(
-    ours: Sequence[Trace], eager: Sequence[Trace], exact: Sequence[Exact], exact_eager: Sequence[Exact]
+    ours: Sequence[Trace],
+    eager: Sequence[Trace],
+    exact: Sequence[Exact],
+    exact_eager: Sequence[Exact],
+    allowance: Allowance = OWN_KERNELS,
 ) -> Check:
     """Every row of next-token logits."""
     verdict = within_budget(
@@ -74,6 +84,8 @@ def check_logits(
         eager=_rows([trace.logits_BNV for trace in eager]),
         exact=_rows([values.logits_BNV for values in exact]),
         exact_eager=_rows([values.logits_BNV for values in exact_eager]),
+        factor=allowance.factor,
+        level=allowance.level,
     )
     last = len(ours[0].key) - 1
     return Check(

@@ -15,11 +15,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FACTOR = 2.0
+
+
+class Allowance(NamedTuple):
+    """What rounding may cost, in terms of eager's row errors: `factor` times the one that `level` of them stay below.
+
+    The median will do where most kernels are eager's own. Kernels of another library err as much as eager's but on
+    other rows, and narrow rows err now and then by several medians: `OTHER_KERNELS` is for those.
+    """
+
+    factor: float = FACTOR
+    level: float = 0.5
+
+
+OWN_KERNELS, OTHER_KERNELS = Allowance(), Allowance(3.0, 0.95)
 
 
 @dataclass(frozen=True)
@@ -81,12 +96,19 @@ def row_error(actual: Tensor, exact: Tensor) -> Tensor:
 
 
 def within_budget(
-    actual: Tensor, *, eager: Tensor, exact: Tensor, exact_eager: Tensor | None = None, factor: float = FACTOR
+    actual: Tensor,
+    *,
+    eager: Tensor,
+    exact: Tensor,
+    exact_eager: Tensor | None = None,
+    factor: float = FACTOR,
+    level: float = 0.5,
 ) -> Agreement:
     """Judge `actual` [..., D] against `exact` (float64), with the budget that `eager` sets in the same dtype.
 
-    Budget of a row: factor * max(median of eager's row errors, eager's error on that row) + eps / 2. `exact_eager` is
-    the float64 value of eager's own routing, `exact` by default. NaN or Inf in any of them puts the row over budget.
+    Budget of a row: factor * max(median of eager's row errors, eager's error on that row) + eps / 2; another `level`
+    than 0.5 takes that quantile for the median. `exact_eager` is the float64 value of eager's own routing, `exact` by
+    default. NaN or Inf in any of them puts the row over budget.
     """
     if actual.dtype != eager.dtype:
         raise ValueError(f"actual is {actual.dtype}, eager {eager.dtype}; a budget needs eager in the same dtype")
@@ -95,7 +117,8 @@ def within_budget(
         return Agreement(True, None, 0.0, 0.0, 0, 0)
     eager_R = row_error(eager, exact if exact_eager is None else exact_eager)
     eager_R = eager_R.masked_fill(eager_R.isinf(), math.nan)  # an infinite error must not buy an infinite budget
-    budget_R = factor * torch.maximum(eager_R.median(), eager_R) + torch.finfo(actual.dtype).eps / 2
+    usual = eager_R.quantile(level, interpolation="lower")
+    budget_R = factor * torch.maximum(usual, eager_R) + torch.finfo(actual.dtype).eps / 2
     over_R = ~(error_R <= budget_R)
     row = int((error_R / budget_R).nan_to_num(nan=math.inf, posinf=math.inf).argmax())
     rows_over = int(over_R.sum())

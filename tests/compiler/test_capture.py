@@ -129,7 +129,9 @@ def test_debug_mode_compares_numbers_after_each_pass() -> None:
     ("options", "message"),
     [
         ({"target": "tpu"}, "target is 'tpu'; it must be one of cpu, cuda"),
-        ({"formats": ("onnx",)}, "this version writes aoti"),
+        ({"formats": ("mlir",)}, "this version writes aoti, onnx"),
+        ({"formats": ("aoti", "onnx")}, "an artifact has one format"),
+        ({"formats": ("onnx",), "profile": "ort-rocm"}, "profile is 'ort-rocm'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_seq_len": True}, "max_seq_len is True"),

@@ -34,7 +34,7 @@ from dsmoe_runtime.kernels.experts import Weights, down_sorted, run, up_sorted
 from dsmoe_runtime.kernels.experts_backward import experts_backward
 from dsmoe_runtime.kernels.experts_training import experts_training
 from dsmoe_runtime.kernels.gpu import named
-from dsmoe_runtime.kernels.moe import moe
+from dsmoe_runtime.kernels.moe import moe, rows_in_order
 from dsmoe_runtime.kernels.plan import Plan, Tile
 from dsmoe_runtime.kernels.route import gate, route
 
@@ -194,8 +194,9 @@ def inference() -> Iterator[tuple[str, list[Launch]]]:
     scanning = best(shape_of(16, *SHAPES["16B"], torch.bfloat16), named("H200"))  # a table may say otherwise
     yield "16B T=16 by the model", forward("16B", 16, plan=scanning)
     yield "16B specialised", forward("16B", 4096, plan=SPECIALISED)
-    for tokens in (1, 4096):
+    for tokens in (1, 16, 4096):  # 16 by the model: shared experts among the scanned ones
         yield f"16B layer T={tokens}", layer("16B", tokens)
+    yield "shared experts as one", launches(lambda: rows_in_order(4096, 128, torch.device("meta")))
     yield "V3 gate", router("V3", 16)
 
 

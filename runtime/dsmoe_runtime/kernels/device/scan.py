@@ -76,12 +76,12 @@ def up_scan(
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    gate_rows = gate_up + e.to(tl.int64) * stride_e + n.to(tl.int64) * GATE_STEP * stride_n
-    up_rows = gate_rows + UP_OFFSET * stride_n
-    if N_SHARED > 0:
-        slice_rows = shared + ((e - E) * WIDTH + n).to(tl.int64) * H
-        gate_rows = tl.where(e < E, gate_rows, slice_rows)
-        up_rows = tl.where(e < E, up_rows, slice_rows + N_SHARED * WIDTH * H)
+    weight, row, apart = gate_up + e.to(tl.int64) * stride_e, stride_n * GATE_STEP, UP_OFFSET * stride_n
+    if N_SHARED > 0:  # numbers are chosen, not blocks of pointers, which Triton 3.9 would keep in registers and spill
+        weight = tl.where(e < E, weight, shared + ((e - E) * WIDTH).to(tl.int64) * H)
+        row, apart = tl.where(e < E, row, H), tl.where(e < E, apart, N_SHARED * WIDTH * H)
+    gate_rows = weight + n.to(tl.int64) * row
+    up_rows = gate_rows + apart
     for begin in range(0, count, BLOCK_M):
         found, own = found_rows(mine, rank, lane, begin, count, BLOCK_M)
         slot, token = slot_and_token(found, e, E, K, N_SHARED)
@@ -156,9 +156,11 @@ def down_scan(
         return
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    rows = down + e.to(tl.int64) * stride_e + n.to(tl.int64) * stride_n
+    weight, row = down + e.to(tl.int64) * stride_e, stride_n
     if N_SHARED > 0:
-        rows = tl.where(e < E, rows, shared + n.to(tl.int64) * (N_SHARED * WIDTH) + (e - E) * WIDTH)
+        weight = tl.where(e < E, weight, shared + (e - E) * WIDTH)
+        row = tl.where(e < E, row, N_SHARED * WIDTH)
+    rows = weight + n.to(tl.int64) * row
     for begin in range(0, count, BLOCK_M):
         found, own = found_rows(mine, rank, lane, begin, count, BLOCK_M)
         slot, _ = slot_and_token(found, e, E, K, N_SHARED)

@@ -1,0 +1,214 @@
+"""Steps of a model in ONNX Runtime on one H200: four layers of deepseek-moe-16b, random weights, bfloat16.
+
+    python -m benchmarks.onnx_model
+    python -m benchmarks.onnx_model --tokens 1 4096 --profiles ort-cuda
+
+One token behind --context positions, or a prompt. Ours is what `dsmoe compile --format onnx --profile ort-cuda`
+writes; beside it the profile ort-contrib (com.microsoft.MoE), and the compiler's own graphs through Inductor, all in
+CUDA graphs where they can be captured. Logits are judged against float32 with the candidate's own experts. Results:
+benchmarks/results/onnx_model_h200.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_model_candidates as candidates
+from benchmarks.gpu_model import decode_bytes, prefill_flop
+from benchmarks.gpu_timing import (
+    BANDWIDTH,
+    MATRIX_RATE,
+    Replay,
+    Session,
+    failure,
+    interleave,
+    parsed,
+    parser,
+    release,
+    summary,
+    tell,
+    told,
+)
+from benchmarks.onnx_graphs import TYPES
+from dsmoe_compiler import CompileConfig
+from dsmoe_compiler.api import compile as compile_model
+from dsmoe_compiler.targets.onnx.opening import MODEL
+from dsmoe_compiler.targets.onnx.runner import library_of
+from dsmoe_model.presets import PRESETS
+from dsmoe_model.transformer import Transformer, build
+from dsmoe_runtime.agreement import within_budget
+
+LAYERS = 4
+TORCH = "dsmoe torch"
+Made = tuple[Replay, candidates.Answer]
+
+
+def open_folder(folder: Path, device: torch.device, *, graph: bool) -> Any:
+    """A session on an exported folder, on torch's stream."""
+    import onnxruntime
+
+    options, providers = onnxruntime.SessionOptions(), list[Any](["CPUExecutionProvider"])
+    options.log_severity_level = 3
+    if (library := library_of(folder, False)) is not None:
+        options.register_custom_ops_library(str(library))
+    if device.type == "cuda":
+        settings = {"user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream), "use_tf32": "0"}
+        settings |= {"enable_cuda_graph": "1"} if graph else {}
+        providers = [("CUDAExecutionProvider", settings), *providers]
+    return onnxruntime.InferenceSession(str(folder / MODEL), options, providers=providers)
+
+
+def step(folder: Path, problem: candidates.Problem, model: Transformer, *, context: int, graph: bool) -> Made:
+    """One step over memory of torch's; captured ones are replayed from now on."""
+    import onnxruntime
+
+    config, device, (batch, length) = model.config, problem.ids.device, problem.ids.shape
+    past = context if problem.position is not None else 0
+    given, taken = {"input_ids": problem.ids}, dict[str, Tensor]()
+    for number, (key, value) in enumerate(zip(problem.cache.key, problem.cache.value, strict=True)):
+        for side, tensor in (("key", key), ("value", value)):
+            held = tensor[:, :, :past].contiguous()
+            given[f"past_key_values.{number}.{side}"] = held
+            taken[f"present.{number}.{side}"] = held.new_empty(batch, held.shape[1], past + length, held.shape[3])
+    logits = torch.full((batch, config.vocab_size), torch.nan, device=device)
+    layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+    experts = torch.empty(layers, batch * length, config.num_experts_per_tok, dtype=torch.int64, device=device)
+    taken |= {"logits": logits, "experts": experts}
+    session, run = open_folder(folder, device, graph=graph), onnxruntime.RunOptions()
+    if device.type == "cuda":
+        run.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    binding = session.io_binding()
+    for bind, tensors in ((binding.bind_input, given), (binding.bind_output, taken)):
+        for name, tensor in tensors.items():
+            place = (device.type, device.index or 0, TYPES[tensor.dtype])
+            bind(name, *place, list(tensor.shape), tensor.data_ptr())
+
+    def once(held: tuple[Any, ...] = (given, taken)) -> None:  # a binding keeps no tensor alive
+        session.run_with_iobinding(binding, run)
+
+    made = Replay([once], device, graph=False)
+    for _ in range(3):  # the first runs allocate, then one is captured
+        made.run()
+    return made, (logits, experts)
+
+
+def export(model: Transformer, profile: str, folder: Path, device: torch.device) -> Path:
+    """As `dsmoe compile --format onnx` writes it, without its proof: the cells judge."""
+    options: dict[str, Any] = {"profile": profile, "functions": profile != "ort-cuda"}
+    if device.type == "cpu":
+        options = {}
+    config = CompileConfig(target=device.type, formats=("onnx",), verify=False, **options)
+    return compile_model(model, config=config, progress=lambda _: None).save(folder / profile)
+
+
+def run_cell(
+    session: Session, model: Transformer, exact: candidates.Exact, ours: candidates.Ours, folders: dict[str, Path],
+    tokens: int,
+) -> dict[str, Any]:  # fmt: skip
+    """All candidates for one number of tokens: made, judged, then timed in turn."""
+    start, arguments, device = time.perf_counter(), session.arguments, session.device
+    context, phase = arguments.context, "decode" if tokens == 1 else "prefill"
+    problem = candidates.make_problem(model, phase, tokens, context)
+    eager, chosen = candidates.reference(model, problem)
+    assert chosen is not None
+    exact_eager = exact.logits(problem, chosen)
+    record: dict[str, Any] = {
+        "part": "model",
+        "dtype": "bfloat16",
+        "tokens": tokens,
+        "layers": LAYERS,
+        "candidates": {},
+    }
+    least = decode_bytes(model.config, 1, context, chosen) / BANDWIDTH
+    least = least if phase == "decode" else prefill_flop(model.config, tokens) / MATRIX_RATE
+    record |= {"context": context if phase == "decode" else 0, "bound_us": 1e6 * least}
+
+    def torch_path() -> Made:
+        call = ours.call(problem)
+        return Replay([call], device), call()
+
+    def onnx(folder: Path, entry: dict[str, Any]) -> Made:
+        try:
+            entry["graph"] = True
+            return step(folder, problem, model, context=context, graph=True)
+        except Exception as error:
+            entry |= {"graph": False, "capture_error": failure(error)}
+            return step(folder, problem, model, context=context, graph=False)
+
+    makers: dict[str, Callable[[dict[str, Any]], Made]] = {
+        f"{profile} onnxruntime": lambda entry, folder=folder: onnx(folder, entry)  # type: ignore[misc]
+        for profile, folder in folders.items()
+    }
+    makers[TORCH] = lambda _: torch_path()
+    replays: dict[str, Replay] = {}
+    for name, make in makers.items():
+        if arguments.candidates and name not in arguments.candidates:
+            continue
+        entry = record["candidates"][name] = {}
+        try:
+            replay, (logits, experts) = make(entry)
+            assert experts is not None
+            truth = exact.logits(problem, experts)
+            found = within_budget(logits.float(), eager=eager.float(), exact=truth, exact_eager=exact_eager)
+            ok = found.ok and bool(logits.isfinite().all())
+            entry["agreement"] = {"ok": ok, "worst": found.worst, "budget": found.budget, "rows": found.rows}
+            if ok or arguments.disagreeing:
+                replays[name] = replay
+        except Exception as error:  # one candidate's failure must not cost the others their measurement
+            entry["error"] = failure(error)
+    for name, seconds in interleave(replays, arguments.repeats).items():
+        entry = record["candidates"][name]
+        entry |= summary(seconds)
+        entry["share_of_bound"] = record["bound_us"] / entry["median_us"]
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    return record
+
+
+def main() -> int:
+    import onnxruntime
+
+    made = parser(__doc__ or "", budget=240)
+    made.add_argument("--shape", default="deepseek-moe-16b", choices=PRESETS, help="whose layers")
+    made.add_argument("--tokens", nargs="+", type=int, default=[1, 4096, 16, 256])
+    made.add_argument("--profiles", nargs="+", default=["ort-cuda", "ort-contrib"])
+    made.add_argument("--context", type=int, default=512, help="positions before the one token")
+    arguments = parsed(made)
+    torch.set_grad_enabled(False)
+    session = Session("onnx_model", arguments, ("part", "dtype", "tokens"))
+    session.record["environment"]["onnxruntime"] = onnxruntime.__version__
+    device, config = session.device, replace(PRESETS[arguments.shape], num_hidden_layers=LAYERS)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # ONNX Runtime captures no default stream
+    model = build(config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device, seed=0)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = dict[str, Path]()
+        for profile in arguments.profiles:
+            start = time.perf_counter()
+            folders[profile] = export(model, profile, Path(scratch), device)
+            tell(f"{profile}: exported in {time.perf_counter() - start:.1f} s")
+        model = model.to(device)
+        exact, ours = candidates.Exact(model), candidates.Ours(model, compiled=arguments.compile)
+        for tokens in arguments.tokens:
+            if session.deadline.left < 0:
+                tell(f"no time left for T={tokens}")
+                break
+            record = run_cell(session, model, exact, ours, folders, tokens)
+            session.keep(record)
+            for name, entry in record["candidates"].items():
+                tell(f"T={tokens:<5} {name:24} {entry.get('median_us', entry)}")
+            release(device)
+    told(session)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

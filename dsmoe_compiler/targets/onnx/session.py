@@ -1,0 +1,153 @@
+"""An ONNX Runtime session that reads and writes torch tensors where they lie, on the CPU or on a GPU.
+
+Copies of keys and values between the two libraries would cost more than many a decode step: inputs and outputs are
+bound by address (IOBinding), and on a GPU both use torch's stream.
+
+B sequences, S new tokens, P past ones, V vocabulary, L layers with routed experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsmoe_compiler.targets.onnx.function import LEAST_ONNXRUNTIME
+from dsmoe_runtime.errors import ArtifactError, TargetError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+INSTALL = {
+    "cpu": f'pip install "onnxruntime>={LEAST_ONNXRUNTIME}"',
+    "cuda": f'pip install "onnxruntime-gpu>={LEAST_ONNXRUNTIME}"',
+}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}  # as onnx.TensorProto numbers them
+NAMES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+
+
+class StepSession:
+    """`(ids [B, S], past)` -> `(logits [B, V], experts [L, B*S, K], present)`; B, S and P are free.
+
+    Raises: ArtifactError if ONNX Runtime does not take the model. Calls from several threads wait for one another.
+    """
+
+    def __init__(
+        self, path: Path, device: torch.device, *, library: Path | None = None, threads: int | None = None
+    ) -> None:
+        self.device = device
+        self._session = open_session(path, device, library=library, threads=threads)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._lock = threading.Lock()
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.inputs = {value.name: (value.type, value.shape) for value in inputs}
+        self.outputs = {value.name: (value.type, value.shape) for value in outputs}
+        self.past = [value.name for value in inputs[1:]]
+        self.present = [value.name for value in outputs if value.name.startswith("present.")]
+
+    @torch.no_grad()
+    def __call__(self, ids_BS: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The inputs are trusted: `OnnxRunner` has checked them."""
+        batch, length = ids_BS.shape
+        present = [p.new_empty(batch, p.shape[1], p.shape[2] + length, p.shape[3]) for p in past]
+        kind, (_, vocabulary) = self.outputs["logits"]
+        logits = torch.empty(batch, vocabulary, dtype=NAMES[kind], device=self.device)
+        layers, _, chosen = self.outputs["experts"][1]
+        experts = torch.empty(layers, batch * length, chosen, dtype=torch.int64, device=self.device)
+        given = {"input_ids": ids_BS.contiguous(), **{n: p.contiguous() for n, p in zip(self.past, past, strict=True)}}
+        taken = {"logits": logits, "experts": experts, **dict(zip(self.present, present, strict=True))}
+        with self._lock:
+            binding = self._session.io_binding()
+            for name, tensor in given.items():
+                binding.bind_input(name, *self._place(tensor))
+            for name, tensor in taken.items():
+                if tensor.numel() == 0:  # a model without routed experts chooses none
+                    continue
+                binding.bind_output(name, *self._place(tensor))
+            self._run(binding)
+        return logits, experts, present
+
+    def _run(self, binding: onnxruntime.IOBinding) -> None:
+        if self._stream is None:
+            self._session.run_with_iobinding(binding)
+            return
+        here = torch.cuda.current_stream(self.device)  # the session works on the stream that it was opened in
+        self._stream.wait_stream(here)
+        self._session.run_with_iobinding(binding)
+        here.wait_stream(self._stream)
+
+    def _place(self, tensor: Tensor) -> tuple[Any, ...]:
+        index = self.device.index or 0
+        return self.device.type, index, TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
+
+
+def open_session(
+    path: Path, device: torch.device, *, library: Path | None, threads: int | None
+) -> onnxruntime.InferenceSession:
+    """A session on the provider of `device`. Raises: TargetError if it is not installed, ArtifactError."""
+    check_provider(device.type)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    providers: list[Any] = [PROVIDERS[device.type]]
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        settings = {"device_id": str(device.index or 0), "user_compute_stream": str(stream)}
+        settings["use_tf32"] = "0"  # gates are in float32, and mean it
+        providers = [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # pybind11 has a class for every status, and no base for all of them
+        raise ArtifactError(
+            f"ONNX Runtime {onnxruntime.__version__} does not run {path}: {first_line(error)}"
+        ) from None
+    if session.get_providers()[0] != PROVIDERS[device.type]:
+        raise TargetError(f"ONNX Runtime fell back to {session.get_providers()[0]}: it finds no working CUDA here")
+    return session
+
+
+def check_provider(target: str) -> None:
+    """Raises: TargetError that says what to install, if ONNX Runtime or its provider for `target` is not there."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise TargetError(f"ONNX models run with ONNX Runtime, which is not installed: {INSTALL[target]}") from None
+    there = onnxruntime.get_available_providers()
+    if PROVIDERS[target] not in there:
+        raise TargetError(
+            f"target {target} needs ONNX Runtime's {PROVIDERS[target]}; {onnxruntime.__version__} here has "
+            f"{', '.join(there)}. {INSTALL[target]}"
+        )
+
+
+def check_exporter() -> None:
+    """Raises: TargetError that says what to install, if a package that writes ONNX models is not there."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if name == "onnxruntime" and _installed("onnxruntime-gpu"):
+                continue
+            raise TargetError(f'writing ONNX needs {name}: pip install "dsmoe-compiler[onnx]"') from None
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:400]

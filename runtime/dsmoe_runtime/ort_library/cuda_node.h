@@ -1,0 +1,84 @@
+// What the operators on the CUDA execution provider share: keys of programs, a node with its machine code and memory.
+#pragma once
+
+#include <memory>
+
+#include "cuda_driver.h"
+#include "kernel.h"
+
+struct OrtAllocator;
+
+namespace dsmoe {
+namespace cuda {
+class Folder;
+}
+
+// A program's key, word by word, as `layer.py` writes it.
+class Key {
+ public:
+  explicit Key(const std::string& op) : text_(op) {}
+  Key& add(const char* name, const std::string& value);
+  Key& add(const char* name, const char* value) { return add(name, std::string(value)); }
+  Key& add(const char* name, int64_t value) { return add(name, std::to_string(value)); }
+  Key& add(const char* name, bool value) { return add(name, value ? "1" : "0"); }
+  Key& add(const char* name, float value);
+  const std::string& text() const { return text_; }
+
+ private:
+  std::string text_;
+};
+
+const char* type_name(int element);  // as torch calls it
+
+// What both operators' keys begin with.
+struct Routed {
+  int64_t H, I, E, K;
+  int element;
+  bool gate_up_bias, down_bias;
+};
+Key routed_key(const char* op, const Routed& routed, const Attributes& attributes);
+
+// A tensor of a node; data is null where it is absent.
+struct Buffer {
+  const char* name;
+  const void* data;
+};
+
+class CudaNode {
+ public:
+  CudaNode(const OrtApi* api, const OrtKernelInfo* info, const char* op, const std::string& kernels);
+
+  const OrtApi* api() const { return api_; }
+
+  // Puts the kernels of the folder's program into the runtime's stream. buffers: all inputs, then all outputs.
+  void launch(const OrtKernelContext* context, const Key& key, int64_t tokens,
+              const std::vector<Buffer>& buffers) const;
+
+ private:
+  const OrtApi* api_;
+  const char* op_;
+  std::shared_ptr<OrtAllocator> memory_;  // the device's, that the runtime hands out
+  const cuda::Folder& folder_;
+};
+
+// A descriptor that knows where its machine code is. `Kernel` is made from (const OrtApi*, const OrtKernelInfo*, int
+// element, const std::string& kernels), and has `const OrtApi* api()`.
+template <class Kernel>
+struct CudaOperator : Operator<Kernel> {
+  std::string kernels;
+
+  CudaOperator(int element_, const std::string& kernels_)
+      : Operator<Kernel>("CUDAExecutionProvider", element_), kernels(kernels_) {
+    this->CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
+      const auto& self = *static_cast<const CudaOperator*>(op);
+      return guarded(api, [&] { *kernel = new Kernel(api, info, self.element, self.kernels); });
+    };
+    this->KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
+      const auto& self = *static_cast<Kernel*>(kernel);
+      return guarded(self.api(), [&] { self.compute(context); });
+    };
+    this->KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  }
+};
+
+}  // namespace dsmoe
