@@ -1,0 +1,159 @@
+"""A graph compiled to one object file, loaded, and called with tensors: no weight is copied.
+
+    program = compile_program(graph, "prefill")
+    logits, experts = program([ids, *keys, *values])
+
+The object is kept in the user's cache; its key is the text of the schedule and of the glue's graphs, so that what was
+compiled before is found before torch-mlir is asked, or even imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dsmoe_compiler.targets.mlir import lowering
+from dsmoe_compiler.targets.mlir.lowering import Glued, lower_glue
+from dsmoe_compiler.targets.mlir.schedule import Output, Schedule, schedule
+from dsmoe_compiler.targets.mlir.sizes import evaluate
+from dsmoe_runtime.errors import TargetError
+from dsmoe_runtime.mlir import cache, function
+from dsmoe_runtime.mlir.compile import compile_object, compiler_version
+from dsmoe_runtime.mlir.levels import Level, best_level, cpu_flags
+from dsmoe_runtime.mlir.loader import LoadedObject
+
+
+@dataclass
+class Compiled:
+    """An object file with what is needed to call it, and the seconds that each stage took (none: it was cached)."""
+
+    schedule: Schedule
+    level: Level
+    image: bytes
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def compile_graph(graph: fx.GraphModule, name: str, *, level: Level | None = None) -> Compiled:
+    """Compile a graph to an object whose entry point is `name`, or find it in the cache."""
+    level = level or best_level()
+    plan = schedule(graph, name, level)
+    seconds = {"schedule": plan.seconds}
+    key = "\n".join((compiler_version(), torch.__version__, level.cpu, level.features, *lowering.VERSION, plan.key))
+
+    def make() -> bytes:
+        glued = lower_all(plan, seconds)
+        start = time.perf_counter()
+        image = compile_object(whole(plan, glued), level, name)
+        seconds["llvm"] = time.perf_counter() - start
+        return image
+
+    return Compiled(plan, level, cache.cached(key, make), seconds)
+
+
+def lower_all(plan: Schedule, seconds: dict[str, float]) -> dict[str, Glued]:
+    """Every distinct glue at every stage."""
+    glued = {name: lower_glue(graph.graph, name) for name, graph in plan.glues.items()}
+    for one in glued.values():
+        for stage, took in one.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + took
+    return glued
+
+
+def whole(plan: Schedule, glued: dict[str, Glued]) -> str:
+    """The module that LLVM gets: the program, its glue, and the functions of the waist."""
+    return function.module(plan.functions.values(), "\n".join([*(g.loops for g in glued.values()), plan.text]))
+
+
+class Program:
+    """A loaded object with its weights: flat inputs to flat outputs, as the graph has them; sizes may differ."""
+
+    def __init__(self, compiled: Compiled, weights: dict[str, Tensor]) -> None:
+        missing = compiled.level.flags - cpu_flags()
+        if missing:
+            level = compiled.level.name
+            raise TargetError(f"level {level} needs {', '.join(sorted(missing))}, which this processor lacks")
+        plan = self.plan = compiled.schedule
+        self.compiled = compiled
+        self._object = LoadedObject(compiled.image)
+        entry, space = (self._object.address(plan.name), self._object.address(f"{plan.name}_workspace"))
+        self._entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(entry)
+        self._space = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(space)
+        self._weights = {name: weights[name] for kind, name, _ in plan.arguments if kind == "weight"}
+        self._places = [(number, name) for number, (kind, name, _) in enumerate(plan.arguments) if kind == "input"]
+        self._made = [(n, buffer) for n, (kind, _, buffer) in enumerate(plan.arguments) if kind == "output"]
+        self._fixed = [self._weights[name].data_ptr() if kind == "weight" else 0 for kind, name, _ in plan.arguments]
+        self._number = {name: number for number, name in enumerate(plan.inputs)}
+
+    @torch.no_grad()
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        plan = self.plan
+        free = {
+            symbol: int(inputs[number]) if dim is None else inputs[number].shape[dim]
+            for symbol, (number, dim) in plan.sources.items()
+        }
+        addresses = (ctypes.c_void_p * (len(self._fixed) + 1))(*self._fixed, 0)
+        tensors: dict[int, Tensor] = {}
+        for number, name in self._places:
+            tensors[number] = tensor = inputs[self._number[name]]
+            addresses[number] = tensor.data_ptr()
+        for number, buffer in self._made:
+            shape = [evaluate(size, free) for size in buffer.sizes]
+            tensors[number] = made = torch.empty(shape, dtype=TORCH[buffer.element])
+            addresses[number] = made.data_ptr()
+        sizes = (ctypes.c_int64 * max(len(free), 1))(*free.values())
+        workspace = _workspace(self._space(sizes))
+        addresses[len(self._fixed)] = workspace.data_ptr()
+        self._entry(addresses, sizes)
+        return [self._result(output, tensors, inputs, free) for output in plan.outputs]
+
+    def _result(self, output: Output | int | None, tensors: dict[int, Tensor], inputs: Sequence[Any],
+                free: dict[str, int]) -> Any:  # fmt: skip
+        if not isinstance(output, Output):
+            return None if output is None else inputs[output]
+        view = output.view
+        numbers = [[evaluate(size, free) for size in sizes] for sizes in (view.sizes, view.strides)]
+        kind, name, _ = self.plan.arguments[output.argument]
+        whole = self._weights[name] if kind == "weight" else tensors[output.argument]
+        offset = whole.storage_offset() + evaluate(view.offset, free)
+        return whole.view(output.dtype).as_strided(numbers[0], numbers[1], offset)
+
+
+TORCH = {
+    "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64, "i64": torch.int64,
+    "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "i1": torch.bool,
+}  # fmt: skip
+
+
+def _workspace(size: int) -> Tensor:
+    """Memory of its own for each thread, kept and grown."""
+    block: Tensor | None = getattr(_own, "block", None)
+    if block is None or block.numel() < size:
+        _own.block = block = torch.empty(max(size, 64), dtype=torch.uint8)
+    return block
+
+
+class _Own(threading.local):
+    block: Tensor | None = None
+
+
+_own = _Own()
+
+
+def weights_of(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph holds, by their names in it."""
+    names = {str(node.target) for node in graph.graph.find_nodes(op="get_attr")}
+    found: dict[str, Any] = {name: reduce(getattr, name.split("."), graph) for name in names}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def compile_program(graph: fx.GraphModule, name: str, *, level: Level | None = None) -> Program:
+    """A graph, ready to be called."""
+    return Program(compile_graph(graph, name, level=level), weights_of(graph))
