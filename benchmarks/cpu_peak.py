@@ -7,39 +7,32 @@ kernels have too. Threads are those of the kernels.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import time
 
 import torch
 
 from dsmoe_runtime.mlir.code import Code
-from dsmoe_runtime.mlir.compile import compile_object
-from dsmoe_runtime.mlir.descriptors import Arguments, of_memory, of_tensor
+from dsmoe_runtime.mlir.function import Function, matrix
+from dsmoe_runtime.mlir.kernel import kernel
 from dsmoe_runtime.mlir.levels import best_level
-from dsmoe_runtime.mlir.loader import LoadedObject
-from dsmoe_runtime.mlir.team import COUNTERS, EXTERNAL, claimed, entry_points
+from dsmoe_runtime.mlir.team import COUNTER_SPACING, COUNTERS, claimed, reset, run, team, threads_for
+from dsmoe_runtime.mlir.workspace import Workspace
 
-FLAT = "memref<?xf32>"
+FLAT = matrix("f32", 1)
 SUMS = 12
 TURNS = 20_000  # of an item of products
 BLOCK = 1 << 16  # float32s of an item of reading
 STREAMS = 4  # it is read in so many places at once: one stream alone does not keep memory busy
 
 
-def _source(name: str) -> str:
-    """A module with `@name`: items are claimed by all threads of one region, as in the kernels."""
-    code, lanes = Code(), best_level().lanes
+def _function(name: str) -> Function:
+    """`@name(x, sums)`: items are claimed by all threads of one region, as in the kernels."""
+    code, lanes = Code(name), best_level().lanes
     kind = f"vector<{lanes}xf32>"
-    arguments = [("%x", FLAT), ("%sums", FLAT), ("%counters", COUNTERS)]
-    signature = ", ".join(f"{argument}: {type_}" for argument, type_ in arguments)
-    code.line(EXTERNAL)
-    with code.function("prepare", signature):
-        zero = code.let("arith.constant 0 : i64")
-        code.line(f"memref.store {zero}, %counters[{code.index(0)}] : {COUNTERS}")
-    with code.function("work", signature):
-        size = code.let(f"memref.dim %x, {code.index(0)} : {FLAT}")
-        with claimed(code, 0, code.div(size, BLOCK)) as item:
+    arguments = [("%x", FLAT), ("%sums", FLAT)]
+    shared = [*arguments, ("%counters", COUNTERS)]
+    with code.function("work", ", ".join(f"{argument}: {type_}" for argument, type_ in shared)):
+        with claimed(code, 0, code.div(code.dim("%x", 0, FLAT), BLOCK)) as item:
             base = code.mul(item, BLOCK)
             start = code.let(f"vector.load %x[{base}] : {FLAT}, {kind}")
             factor = code.let(f"vector.load %x[{code.add(base, lanes)}] : {FLAT}, {kind}")
@@ -62,23 +55,26 @@ def _source(name: str) -> str:
             for value in loop.results[1:]:
                 total = code.let(f"arith.addf {total}, {value} : {kind}")
             code.line(f"vector.store {total}, %sums[{code.mul(item, lanes)}] : {FLAT}, {kind}")
-    entry_points(code, name, arguments)
-    return f"module {{\n{code.text()}\n}}\n"
-
-
-@functools.cache
-def _loaded(name: str) -> LoadedObject:
-    return LoadedObject(compile_object(_source(name), best_level(), name))
+    team(code, "work", shared)
+    with code.public(name, ", ".join(f"{argument}: {type_}" for argument, type_ in arguments)):
+        space = Workspace(code)
+        space.take("%counters", "i64", COUNTER_SPACING)
+        space.allocate()
+        reset(code, "%counters", 1)
+        run(code, "work", shared, threads_for(code, code.dim("%x", 0, FLAT)))
+        space.release()
+    return Function(name, code.text(), (FLAT, FLAT))
 
 
 def _seconds(name: str, x: torch.Tensor, threads: int) -> float:
     sums = torch.empty(len(x) // BLOCK * best_level().lanes)
-    counters = (ctypes.c_int64 * 8)()
-    arguments = Arguments([of_tensor(x), of_tensor(sums), of_memory(ctypes.addressof(counters), 8)])
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(_loaded(name).address(name))
+    call, before = kernel(_function(name), best_level()), torch.get_num_threads()
+    torch.set_num_threads(threads)
     start = time.perf_counter()
-    call(ctypes.addressof(arguments.pointers), threads)
-    return time.perf_counter() - start
+    call([x, sums])
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(before)
+    return seconds
 
 
 def gflop_s(threads: int, repeats: int = 7, items: int = 100) -> float:

@@ -15,14 +15,15 @@ from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir import cache
 from dsmoe_runtime.mlir.compile import compile_object, mlir, stages
 from dsmoe_runtime.mlir.experts import experts_kernel
-from dsmoe_runtime.mlir.experts_lowering import ExpertsSpec, lower_experts
-from dsmoe_runtime.mlir.kernel import kernel_object
+from dsmoe_runtime.mlir.experts_lowering import ExpertsSpec, experts_function
+from dsmoe_runtime.mlir.gate_up import Activation
+from dsmoe_runtime.mlir.kernel import callable_module, function_object
 from dsmoe_runtime.mlir.levels import LEVELS, best_level, cpu_flags, level_named
 from dsmoe_runtime.mlir.loader import LoadedObject
 
 
 def spec(level="avx2", element="f32"):
-    return ExpertsSpec(element, "silu", "concat", False, False, level_named(level), element)
+    return ExpertsSpec(element, Activation("silu", 1.0, 1.0), "concat", False, False, level_named(level))
 
 
 @pytest.mark.slow
@@ -32,9 +33,8 @@ def test_every_level_builds_with_its_own_registers_only(level, element, tmp_path
     """Whatever this processor is: a level without AVX512 has no 512-bit register, mask register or ymm16 and up."""
     if shutil.which("objdump") is None:
         pytest.skip("needs objdump")
-    (tmp_path / "kernel.o").write_bytes(
-        kernel_object(lower_experts(spec(level, element)), level_named(level), "experts")
-    )
+    image = function_object(experts_function(spec(level, element)), level_named(level))
+    (tmp_path / "kernel.o").write_bytes(image)
     text = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", str(tmp_path / "kernel.o")], capture_output=True, text=True, check=True
     ).stdout
@@ -62,11 +62,12 @@ def test_a_level_that_would_be_an_illegal_instruction_is_refused():
 
 def test_every_stage_can_be_read():
     """The operator's parts have their names to the end of MLIR; LLVM's text carries the level."""
-    text = stages(lower_experts(spec()), level_named("avx2"))
+    function = experts_function(spec())
+    text = stages(callable_module(function), level_named("avx2"))
     assert list(text) == ["source", "llvm", "llvm_ir"]
-    for name in ("sort", "gather_lanes", "gate_up", "down", "combine", "rows_3x4", "lanes_16x3"):
-        assert f"@{name}(" in text["source"]
-        assert f"@{name}(" in text["llvm"]
+    for part in ("sort", "gather_lanes_f32", "gate_up_routed", "down_routed", "combine", "rows_f32_3x4", "lanes_16x3"):
+        assert f"@{function.name}_{part}(" in text["source"]
+        assert f"@{function.name}_{part}(" in text["llvm"]
     assert "vector.fma" in text["source"]
     assert "scf.for" not in text["llvm"]
     assert 'target-cpu"="x86-64-v3"' in text["llvm_ir"].replace(" ", "")

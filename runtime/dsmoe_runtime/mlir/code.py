@@ -11,6 +11,8 @@ Values are SSA names such as "%v3"; where an index is wanted, a Python int will 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,10 +35,12 @@ class Loop:
 
 
 class Code:
-    """MLIR text under construction."""
+    """MLIR text under construction; private functions are called `prefix`_name once the text is taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
         self.lines: list[str] = []
+        self.functions: set[str] = set()
+        self._prefix = prefix
         self._depth = 1
         self._names = 0
 
@@ -61,7 +65,7 @@ class Code:
 
     def constant(self, value: float, kind: str) -> str:
         """A float32 (or a vector of them, all `value`) in LLVM's exact spelling."""
-        literal = f"{value:.17e}"
+        literal = f"{value:.17e}" if math.isfinite(value) else {math.inf: "0x7F800000", -math.inf: "0xFF800000"}[value]
         return self.let(f"arith.constant {literal if 'vector' not in kind else f'dense<{literal}>'} : {kind}", "k")
 
     def _binary(self, operation: str, a: Value, b: Value) -> str:
@@ -82,11 +86,33 @@ class Code:
     def rem(self, a: Value, b: Value) -> str:
         return self._binary("remui", a, b)
 
+    def div_up(self, a: Value, b: Value) -> str:
+        return self._binary("ceildivui", a, b)
+
+    def most(self, a: Value, b: Value) -> str:
+        return self._binary("maxsi", a, b)
+
     def least(self, a: Value, b: Value) -> str:
         return self._binary("minsi", a, b)
 
     def compare(self, predicate: str, a: Value, b: Value) -> str:
         return self.let(f"arith.cmpi {predicate}, {self.index(a)}, {self.index(b)} : index", "b")
+
+    def select(self, condition: str, a: Value, b: Value) -> str:
+        """One of two indices."""
+        return self.let(f"arith.select {condition}, {self.index(a)}, {self.index(b)} : index", "i")
+
+    def up_to_multiple(self, a: Value, of: Value) -> str:
+        """The next multiple of `of` from `a` on."""
+        return self.mul(self.div_up(a, of), of)
+
+    def dim(self, memref: str, axis: int, kind: str) -> str:
+        """A size of a memref."""
+        return self.let(f"memref.dim {memref}, {self.index(axis)} : {kind}", "d")
+
+    def load(self, memref: str, at: str, kind: str) -> str:
+        """One element."""
+        return self.let(f"memref.load {memref}[{at}] : {kind}")
 
     def down_to_multiple(self, a: Value, of: int) -> str:
         """`a` without its remainder by `of`."""
@@ -106,10 +132,18 @@ class Code:
     def function(self, name: str, arguments: str, results: str = "") -> Iterator[None]:
         """A private function; the block writes its body, and its return if it has results."""
         arrow = f" -> {results}" if results else ""
+        self.functions.add(name)
         with self.region(f"func.func private @{name}({arguments}){arrow}"):
             yield
             if not results:
                 self.line("return")
+
+    @contextmanager
+    def public(self, name: str, arguments: str) -> Iterator[None]:
+        """A function that others call, under this very name."""
+        with self.region(f"func.func @{name}({arguments})"):
+            yield
+            self.line("return")
 
     @contextmanager
     def loop(
@@ -140,4 +174,8 @@ class Code:
 
     def text(self) -> str:
         """What was written so far."""
-        return "\n".join(self.lines)
+
+        def renamed(found: re.Match[str]) -> str:
+            return f"@{self._prefix}_{found[1]}" if self._prefix and found[1] in self.functions else found[0]
+
+        return re.sub(r"@(\w+)", renamed, "\n".join(self.lines))

@@ -9,6 +9,7 @@ The hidden state takes the shape in which the second product wants it: panels fo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.products import (
@@ -29,19 +30,32 @@ from dsmoe_runtime.mlir.vector_math import VectorMath
 from dsmoe_runtime.mlir.weights import scratch_matrix
 
 
-def gate_up_item(code: Code, product: Product, layout: str, activation: str) -> None:
-    """Write `@gate_up(hit, block, w, bias?, x, pitch, hidden, hidden_pitch, scratch, panels, alpha, limit)`."""
-    lanes, parts_count = product.lanes, 1 if layout.startswith("ungated") else 2
+@dataclass(frozen=True)
+class Activation:
+    """One of ops/activation.py, with its constants."""
+
+    name: str
+    alpha: float
+    limit: float
+
+
+def parts_of(layout: str) -> int:
+    """Rows of the first product for each value of the hidden state: gate and up, or one alone."""
+    return 1 if layout.startswith("ungated") else 2
+
+
+def gate_up_item(code: Code, product: Product, label: str, layout: str, activation: Activation) -> None:
+    """Write `@gate_up_{label}(hit, block, w, bias?, x, pitch, hidden, hidden_pitch, scratch, panels)`."""
+    lanes, parts_count = product.lanes, parts_of(layout)
     each = BLOCK_ROWS // parts_count
     stack, math = product.stack, VectorMath(code, lanes)
-    bias = f", {product.bias}: {product.bias_kind}" if product.bias else ""
     arguments = (
-        f"%hit: index, %block: index, {stack.name}: {stack.kind}{bias}, %x: {FLAT}, %pitch: index, %hidden: {FLAT}, "
-        f"%hidden_pitch: index, %scratch: {FLAT}, %mine: index, {PANELS}, %alpha: f32, %limit: f32"
+        f"%hit: index, %block: index, {product.arguments}, %x: {FLAT}, %pitch: index, %hidden: {FLAT}, "
+        f"%hidden_pitch: index, %scratch: {FLAT}, %mine: index, {PANELS}"
     )
-    with code.function("gate_up", arguments):
-        width = code.div(code.let(f"memref.dim {stack.name}, {code.index(1)} : {stack.kind}"), parts_count)
-        size = code.let(f"memref.dim {stack.name}, {code.index(2)} : {stack.kind}")
+    with code.function(f"gate_up_{label}", arguments):
+        width = code.div(code.dim("%w", 1, stack.kind), parts_count)
+        size = code.dim("%w", 2, stack.kind)
         expert = code.let(f"memref.load %hit_expert[%hit] : {INDEX}")
         begin = code.mul("%block", each)
         rows = code.least(code.sub(width, begin), each)
@@ -50,11 +64,11 @@ def gate_up_item(code: Code, product: Product, layout: str, activation: str) -> 
             parts = [(even, 2), (code.add(even, 1), 2)]
         else:
             parts = [(begin, 1), (code.add(begin, width), 1)][:parts_count]
-        alpha, limit = math.spread("%alpha"), math.spread("%limit")
+        alpha, limit = math.constant(activation.alpha), math.constant(activation.limit)
 
         def activate(load: Callable[[int], str]) -> str:
             up = load(each) if parts_count == 2 else None
-            return math.activation(activation, load(0), up, alpha, limit)
+            return math.activation(activation.name, load(0), up, alpha, limit)
 
         panel, lane_end, end = panels_of_hit(code)
         with code.loop(panel, lane_end, BLOCK_TOKENS // (2 * lanes)) as block:

@@ -11,19 +11,55 @@ from __future__ import annotations
 
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.formats import widen, widen_scalar
+from dsmoe_runtime.mlir.function import matrix
 from dsmoe_runtime.mlir.row_tiles import place_in_step, store_step
 from dsmoe_runtime.mlir.sort import INDEX
 from dsmoe_runtime.mlir.transpose import EIGHT, SIDE, transpose
 
 FLAT = "memref<?xf32>"
-TOKENS = "memref<?x?x{}, strided<[?, 1]>>"
 
 
-def gather(code: Code, element: str, lanes: int) -> None:
-    """Write `@gather_lanes(x, order, slot, panel, packed, pitch)` and `@gather_row(x, order, slot, packed, pitch)`."""
-    tokens = TOKENS.format(element)
+def gather(code: Code, element: str, weights: str, lanes: int) -> None:
+    """Write `@gather_{x}_{w}(x, order, slot, panel, packed, pitch)`: one panel, whatever tiles it is for.
+
+    Row tiles for `weights` decide in which order a row of x is stored.
+    """
+    if f"gather_{element}_{weights}" in code.functions:
+        return
+    _lanes(code, element)
+    tokens = matrix(element)
+    arguments = f"%x: {tokens}, %order: {INDEX}, %slot: index, %panel: index, %packed: {FLAT}, %pitch: index"
+    _row(code, element, weights, lanes)
+    with code.function(f"gather_{element}_{weights}", arguments):
+        with code.when(code.compare("uge", "%panel", lanes)):
+            code.line(
+                f"func.call @gather_lanes_{element}(%x, %order, %slot, %panel, %packed, %pitch) : "
+                f"({tokens}, {INDEX}, index, index, {FLAT}, index) -> ()"
+            )
+        with code.when(code.compare("ult", "%panel", lanes)):
+            with code.loop("%slot", code.add("%slot", "%panel"), 1) as one:
+                code.line(
+                    f"func.call @gather_row_{element}_{weights}(%x, %order, {one.index}, %packed, %pitch) : "
+                    f"({tokens}, {INDEX}, index, {FLAT}, index) -> ()"
+                )
+
+
+def gather_panel(code: Code, element: str, weights: str, x: str, label: str, panel: str, pitch: str) -> None:
+    """Call it for a panel of the plan and the workspace under `label`."""
+    slot = code.load(f"%{label}_panel_slot", panel, INDEX)
+    width = code.sub(code.load(f"%{label}_panel_slot", code.add(panel, 1), INDEX), slot)
+    code.line(
+        f"func.call @gather_{element}_{weights}({x}, %{label}_order, {slot}, {width}, %{label}_packed, {pitch}) : "
+        f"({matrix(element)}, {INDEX}, index, index, {FLAT}, index) -> ()"
+    )
+
+
+def _lanes(code: Code, element: str) -> None:
+    if f"gather_lanes_{element}" in code.functions:
+        return
+    tokens = matrix(element)
     common = f"%x: {tokens}, %order: {INDEX}, %slot: index"
-    with code.function("gather_lanes", f"{common}, %panel: index, %packed: {FLAT}, %pitch: index"):
+    with code.function(f"gather_lanes_{element}", f"{common}, %panel: index, %packed: {FLAT}, %pitch: index"):
         size = code.let(f"memref.dim %x, {code.index(1)} : {tokens}")
         whole = code.down_to_multiple(size, SIDE)
         start = code.mul("%slot", "%pitch")
@@ -46,7 +82,12 @@ def gather(code: Code, element: str, lanes: int) -> None:
                 for lane, row in enumerate(rows):
                     value = widen_scalar(code, code.let(f"memref.load %x[{row}, {k.index}] : {tokens}"), element)
                     code.line(f"memref.store {value}, %packed[{code.add(to, lane)}] : {FLAT}")
-    with code.function("gather_row", f"{common}, %packed: {FLAT}, %pitch: index"):
+
+
+def _row(code: Code, element: str, weights: str, lanes: int) -> None:
+    tokens = matrix(element)
+    arguments = f"%x: {tokens}, %order: {INDEX}, %slot: index, %packed: {FLAT}, %pitch: index"
+    with code.function(f"gather_row_{element}_{weights}", arguments):
         size = code.let(f"memref.dim %x, {code.index(1)} : {tokens}")
         step, zero = 2 * lanes, code.constant(0.0, f"vector<{lanes}xf32>")
         whole = code.down_to_multiple(size, step)
@@ -57,11 +98,11 @@ def gather(code: Code, element: str, lanes: int) -> None:
             for half in range(2):
                 at = f"%x[{token}, {code.add(k.index, half * lanes)}] : {tokens}, vector<{lanes}x{element}>"
                 halves.append(widen(code, code.let(f"vector.load {at}"), element, lanes))
-            store_step(code, element, lanes, (halves[0], halves[1]), "%packed", code.add(base, k.index))
+            store_step(code, weights, lanes, (halves[0], halves[1]), "%packed", code.add(base, k.index))
         with code.loop(whole, size, step) as k:
             at = code.add(base, k.index)
-            store_step(code, element, lanes, (zero, zero), "%packed", at)
+            store_step(code, weights, lanes, (zero, zero), "%packed", at)
             with code.loop(whole, size, 1) as one:
                 value = widen_scalar(code, code.let(f"memref.load %x[{token}, {one.index}] : {tokens}"), element)
-                place = place_in_step(code, code.sub(one.index, whole), element, lanes)
+                place = place_in_step(code, code.sub(one.index, whole), weights, lanes)
                 code.line(f"memref.store {value}, %packed[{code.add(at, place)}] : {FLAT}")

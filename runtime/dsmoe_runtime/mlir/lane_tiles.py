@@ -76,6 +76,8 @@ def lane_tile(code: Code, lanes: int, vectors: int, rows: int) -> None:
 def lane_rows(code: Code, lanes: int, vectors: int, tile_rows: int) -> None:
     """Write `@lanes_{vectors * lanes}`: rows `%row` to `%row + %rows`, in the largest tiles that fit."""
     panel = vectors * lanes
+    if f"lanes_{panel}" in code.functions:
+        return
     for rows in tile_sizes(vectors, tile_rows):
         lane_tile(code, lanes, vectors, rows)
     with code.function(f"lanes_{panel}", f"{ARGUMENTS}, %rows: index"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsmoe_runtime.errors import TargetError
@@ -18,7 +18,7 @@ class Level:
     tile_rows: int  # rows of weights in a register tile of two vectors of tokens
     cpu: str  # LLVM's name
     features: str  # LLVM's features beyond those of `cpu`
-    flags: frozenset[str]  # what /proc/cpuinfo must list
+    flags: frozenset[str] = field(repr=False)  # what /proc/cpuinfo must list; a set has no order to be named by
 
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"})

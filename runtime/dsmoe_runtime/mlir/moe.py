@@ -1,20 +1,26 @@
-"""dsmoe::moe on the CPU by our own kernels: gate, routed experts and shared experts, rounded once.
+"""dsmoe::moe on the CPU by our own kernels: gate, routed experts and shared experts in one call, rounded once.
 
 The shared experts are one expert that every token has, with weight 1, or the sigmoid of its gate (Qwen2-MoE); they run
-through the same kernel as the routed ones. The router's logits, E numbers a token, are torch's.
+through the same kernels as the routed ones.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dsmoe_runtime.errors import TargetError
-from dsmoe_runtime.mlir.experts import experts as run_experts
-from dsmoe_runtime.mlir.levels import Level
-from dsmoe_runtime.mlir.route import route
-from dsmoe_runtime.ops.moe import moe_fake, router_logits, shared_layout
+from dsmoe_runtime.mlir.experts_lowering import ExpertsSpec
+from dsmoe_runtime.mlir.formats import type_of
+from dsmoe_runtime.mlir.gate_up import Activation
+from dsmoe_runtime.mlir.kernel import Kernel, kernel
+from dsmoe_runtime.mlir.levels import Level, best_level
+from dsmoe_runtime.mlir.linear import in_rows
+from dsmoe_runtime.mlir.moe_lowering import MoeSpec, moe_function
+from dsmoe_runtime.mlir.route_lowering import RouteSpec
+from dsmoe_runtime.ops.moe import moe_fake
 
 
 def moe(
@@ -46,29 +52,36 @@ def moe(
     level: Level | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dsmoe::moe: `y [T, H]` and the `experts [T, K]` that made it, by the rule and arguments of ops/moe.py."""
-    y, _ = moe_fake(
+    y, ids = moe_fake(
         x, router_weight, router_bias, selection_bias, top_k, score, n_group, topk_group, group_score, renormalize,
         eps, scale, router_dtype, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout,
         shared_gate_up, shared_down, shared_gate,
     )  # fmt: skip
     if router_dtype == "activation" and x.dtype != torch.float32:
         raise TargetError(f"router_dtype is 'activation' and x {x.dtype}; the mlir-cpu gate computes in float32")
-    bias = None if selection_bias is None else selection_bias.float()
-    weights, ids = route(
-        router_logits(x, router_weight, router_bias, "float32"), bias, top_k, score, n_group, topk_group, group_score,
-        renormalize, eps, scale, level=level,
+    if x.device.type != "cpu":
+        raise TargetError(f"x is on {x.device}; the mlir-cpu kernels take tensors on the CPU")
+    level = level or best_level()
+    biases = [None if bias is None else type_of(bias.dtype) for bias in (router_bias, selection_bias)]
+    spec = MoeSpec(
+        ExpertsSpec(
+            type_of(x.dtype), Activation(activation, alpha, limit), layout, gate_up_bias is not None,
+            down_bias is not None, level,
+        ),
+        RouteSpec(
+            top_k, score, n_group, topk_group, group_score, renormalize, eps, scale, biases[1], level
+        ),
+        type_of(router_weight.dtype), biases[0], shared_gate_up is not None, shared_gate is not None,
     )  # fmt: skip
-    shared = shared_gate_up is not None and shared_down is not None
-    answer = run_experts(
-        x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout, level=level,
-        dtype=torch.float32 if shared else None,
+    given = (
+        x, router_weight, router_bias, selection_bias, gate_up, down, gate_up_bias, down_bias, shared_gate_up,
+        shared_down, shared_gate,
     )  # fmt: skip
-    if shared_gate_up is None or shared_down is None:
-        return answer, ids
-    first = torch.zeros(len(x), 1, dtype=torch.int64)
-    share = torch.ones(len(x), 1) if shared_gate is None else F.linear(x, shared_gate).float().sigmoid()
-    answer += run_experts(
-        x, first, share, shared_gate_up[None], shared_down[None], None, None, activation, alpha, limit,
-        shared_layout(layout), level=level, dtype=torch.float32,
-    )  # fmt: skip
-    return y.copy_(answer), ids
+    moe_kernel(spec)([*(in_rows(tensor) for tensor in given if tensor is not None), y, ids])
+    return y, ids
+
+
+@functools.cache
+def moe_kernel(spec: MoeSpec) -> Kernel:
+    """Its compiled code."""
+    return kernel(moe_function(spec), spec.experts.level)

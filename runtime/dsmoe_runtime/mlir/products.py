@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from dsmoe_runtime.mlir.code import Code, Value
 from dsmoe_runtime.mlir.formats import widen_scalar
-from dsmoe_runtime.mlir.lane_tiles import TYPES
-from dsmoe_runtime.mlir.row_tiles import MOST, WIDE, types
+from dsmoe_runtime.mlir.function import matrix
+from dsmoe_runtime.mlir.lane_tiles import TYPES, lane_rows
+from dsmoe_runtime.mlir.levels import Level
+from dsmoe_runtime.mlir.row_tiles import MOST, WIDE, row_range, types
 from dsmoe_runtime.mlir.sort import INDEX
-from dsmoe_runtime.mlir.weights import Stack, scratch_matrix
+from dsmoe_runtime.mlir.weights import Stack, scratch_matrix, unpack
 
 FLAT = "memref<?xf32>"
 BLOCK_ROWS = 96  # rows of weights of an item, gate and up together
@@ -32,22 +34,46 @@ Part = tuple[str, int]  # the first row of an item's block and the step to the n
 
 @dataclass(frozen=True)
 class Product:
-    """What `@gate_up` and `@down` have in common: weights, their bias, and the vectors they are made of."""
+    """What every item has in common: weights %w, their bias %bias, and the vectors they are made of."""
 
     stack: Stack
-    bias: str | None
-    lanes: int
+    bias: str | None  # the element of its bias, [E, N]
+    level: Level
+
+    @property
+    def lanes(self) -> int:
+        return self.level.lanes
+
+    @property
+    def arguments(self) -> str:
+        """What a function of this product is handed first."""
+        return f"%w: {self.stack.kind}" + (f", %bias: {self.bias_kind}" if self.bias else "")
+
+    @property
+    def kinds(self) -> str:
+        """Their types."""
+        return self.stack.kind + (f", {self.bias_kind}" if self.bias else "")
 
     @property
     def bias_kind(self) -> str:
-        return f"memref<?x?x{self.stack.element}>"
+        return matrix(self.bias) if self.bias else ""
 
     def bias_value(self, code: Code, expert: str, row: str) -> str:
         """A row's bias as a float32; 0 without one."""
         if self.bias is None:
             return code.constant(0.0, "f32")
-        value = code.let(f"memref.load {self.bias}[{expert}, {row}] : {self.bias_kind}")
-        return widen_scalar(code, value, self.stack.element)
+        return widen_scalar(code, code.load("%bias", f"{expert}, {row}", self.bias_kind), self.bias)
+
+
+def tiles(code: Code, product: Product) -> None:
+    """Write the register tiles that a product is made of, where they are not there yet."""
+    lanes, stack = product.lanes, product.stack
+    for vectors in (1, 2):
+        lane_rows(code, lanes, vectors, product.level.tile_rows)
+    if not stack.transposed:
+        for tokens in range(1, MOST + 1):
+            row_range(code, stack.element, lanes, tokens)
+    unpack(code, stack, lanes)
 
 
 def fill(code: Code, product: Product, expert: str, part: Part, rows: str, write: Callable[[str, str], None]) -> None:
@@ -80,13 +106,7 @@ def lane_products(
         views = []
         for number, (first, step) in enumerate(parts):
             view = product.stack.rows(code, expert, first, rows, step, k.index, depth)
-            if not product.stack.in_place:
-                own = scratch_matrix(code, "%scratch", SUMS + number * each * BLOCK_K, each, BLOCK_K)
-                kinds = f"({product.stack.rows_kind}, index, index, {WIDE}) -> ()"
-                label = product.stack.name.removeprefix("%")
-                code.line(f"func.call @unpack_{label}({view}, {rows}, {depth}, {own}) : {kinds}")
-                view = own
-            views.append(view)
+            views.append(_for_lanes(code, product, view, number * each, each, rows, depth, width))
         ahead = code.index(BLOCK_K)
         with each_panel(code, panels) as (slot, panel):
             base = code.add(code.mul(slot, pitch), code.mul(k.index, panel))
@@ -100,6 +120,31 @@ def lane_products(
                             f"{column}, {ahead}, {rows}) : ({TYPES}, index) -> ()"
                         )
     return sums
+
+
+def _for_lanes(
+    code: Code, product: Product, view: str, start: int, height: int, rows: str, depth: str, width: str
+) -> str:
+    """Some rows of weights as lane tiles read them: in the thread's scratch if that pays, or where they lie.
+
+    Rows that lie a power of two apart share few sets of a cache; two panels pay for a copy that does not.
+    """
+    stack, lanes = product.stack, product.lanes
+    kinds = f"({stack.rows_kind}, index, index, {WIDE}) -> ()"
+
+    def copy() -> str:
+        own = scratch_matrix(code, "%scratch", SUMS + start * BLOCK_K, height, BLOCK_K)
+        code.line(f"func.call @{stack.unpack}({view}, {rows}, {depth}, {own}) : {kinds}")
+        return own
+
+    if not stack.in_place:
+        return copy()
+    chosen = code.name("rows")
+    with code.region(f"{chosen} = scf.if {code.compare('ugt', width, 2 * lanes)} -> ({WIDE})", tail=None):
+        code.line(f"scf.yield {copy()} : {WIDE}")
+    with code.region("} else"):
+        code.line(f"scf.yield {view} : {WIDE}")
+    return chosen
 
 
 @contextmanager
@@ -132,7 +177,7 @@ def row_products(
             for tokens in range(1, MOST + 1):
                 with code.when(code.compare("eq", group, tokens)):
                     code.line(
-                        f"func.call @rows_{tokens}({view}, {n.index}, {size}, {x}, {base}, %pitch, {target}, {token}, "
+                        f"func.call @rows_{product.stack.element}_{tokens}({view}, {n.index}, {size}, {x}, {base}, %pitch, {target}, {token}, "
                         f"{at}, {stop}) : ({kinds}, index) -> ()"
                     )
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 
 import torch
 from torch import Tensor
 
 from dsmoe_runtime.errors import InputError, TargetError
-from dsmoe_runtime.mlir.descriptors import Arguments, of_memory, of_tensor
 from dsmoe_runtime.mlir.kernel import Kernel, kernel
 from dsmoe_runtime.mlir.levels import Level, best_level
-from dsmoe_runtime.mlir.route_lowering import RouteSpec, lower_route
-from dsmoe_runtime.mlir.team import COUNTER_SPACING
-from dsmoe_runtime.mlir.workspace import Workspace
+from dsmoe_runtime.mlir.linear import in_rows
+from dsmoe_runtime.mlir.route_lowering import RouteSpec, route_function
 from dsmoe_runtime.ops.route import check_routing
 
 
@@ -46,29 +43,16 @@ def route(
         raise InputError(f"bias is {bias.dtype} {tuple(bias.shape)}; the mlir-cpu gate wants float32 [{num_experts}]")
     weights = logits.new_empty(tokens, top_k)
     experts = torch.empty(tokens, top_k, dtype=torch.int64)
-    if tokens == 0:
-        return weights, experts
-    spec = RouteSpec(score, group_score, bias is not None, renormalize, level or best_level())
-    threads, lanes = torch.get_num_threads(), spec.level.lanes
-    space = Workspace()
-    counters = space.take(2 * COUNTER_SPACING)
-    scores = space.take(threads, -(-num_experts // lanes) * lanes, element=4)
-    keys = space.take(threads, num_experts + n_group, element=4)
-    sizes, scalars = (ctypes.c_int64 * 3)(top_k, n_group, topk_group), (ctypes.c_float * 2)(eps, scale)
-    kept = [logits.contiguous(), *([bias.contiguous()] if bias is not None else [])]
-    base = space.address()
-    arguments = Arguments(
-        [
-            *(of_tensor(tensor) for tensor in (*kept, weights, experts)), of_memory(ctypes.addressof(sizes), 3),
-            of_memory(ctypes.addressof(scalars), 2),
-            *(of_memory(base + offset, *shape) for offset, *shape in (counters, scores, keys)),
-        ]
+    spec = RouteSpec(
+        top_k, score, n_group, topk_group, group_score, renormalize, eps, scale, None if bias is None else "f32",
+        level or best_level(),
     )  # fmt: skip
-    route_kernel(spec)(arguments, threads)
+    given = [in_rows(tensor) for tensor in (logits, bias) if tensor is not None]
+    route_kernel(spec)([*given, weights, experts])
     return weights, experts
 
 
 @functools.cache
 def route_kernel(spec: RouteSpec) -> Kernel:
     """Its compiled code."""
-    return kernel(lower_route(spec), spec.level, "route")
+    return kernel(route_function(spec), spec.level)

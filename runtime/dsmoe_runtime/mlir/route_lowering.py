@@ -18,78 +18,111 @@ from dataclasses import dataclass
 
 from dsmoe_runtime.mlir import team
 from dsmoe_runtime.mlir.code import Code, Value
+from dsmoe_runtime.mlir.formats import widen_scalar
+from dsmoe_runtime.mlir.function import Function, matrix, symbol
 from dsmoe_runtime.mlir.levels import Level
+from dsmoe_runtime.mlir.sort import IDS
 from dsmoe_runtime.mlir.vector_math import VectorMath
+from dsmoe_runtime.mlir.workspace import Workspace
 
+LOGITS = matrix("f32")
 ROWS = "memref<?x?xf32>"
 KEYS = "memref<?x?xi32>"
-IDS = "memref<?x?xi64>"
 SPENT, INFINITE = -(1 << 31), -2139095041  # below every key; the key of -inf
+PRODUCTS = 64  # what a logit costs, in products
 
 
 @dataclass(frozen=True)
 class RouteSpec:
-    """All that the code depends on; T, E, K and the numbers of groups are read from the arguments."""
+    """All that the code depends on; T and E are read from the arguments."""
 
+    top_k: int
     score: str
+    n_group: int
+    topk_group: int
     group_score: str
-    bias: bool
     renormalize: bool
+    eps: float
+    scale: float
+    bias: str | None  # its element
     level: Level
 
     def arguments(self) -> list[tuple[str, str]]:
-        """Name and memref type of what the kernel is handed.
+        """Name and type of what is read and written for a token."""
+        bias = [("%bias", matrix(self.bias, 1))] if self.bias else []
+        return [("%logits", LOGITS), *bias, ("%weights", LOGITS), ("%ids", IDS)]
 
-        sizes: K, G, and how many groups count; scalars: eps, scale; scores and keys: a row for each thread, scores a
-        whole number of vectors, keys E and behind them G.
-        """
-        return [
-            ("%logits", ROWS), *([("%bias", "memref<?xf32>")] if self.bias else []), ("%weights", ROWS), ("%ids", IDS),
-            ("%sizes", "memref<?xindex>"), ("%scalars", "memref<?xf32>"), ("%counters", team.COUNTERS),
-            ("%scores", ROWS), ("%keys", KEYS),
-        ]  # fmt: skip
+    def own(self) -> list[tuple[str, str]]:
+        """Rows for each thread: scores a whole number of vectors, keys E and behind them G."""
+        return [("%scores", ROWS), ("%keys", KEYS)]
 
 
-def lower_route(spec: RouteSpec) -> str:
-    """The whole module."""
-    code = Code()
-    code.line(team.EXTERNAL)
-    signature = ", ".join(f"{name}: {kind}" for name, kind in spec.arguments())
-    with code.function("prepare", signature):
-        zero = code.let("arith.constant 0 : i64", "k")
-        for counter in range(2):
-            code.line(f"memref.store {zero}, %counters[{code.index(counter * team.COUNTER_SPACING)}] : {team.COUNTERS}")
-    with code.function("work", signature):
+def route_function(spec: RouteSpec) -> Function:
+    """`@route(logits [T, E], bias [E]?, weights [T, K], ids [T, K])`, the last two written."""
+    name = symbol("route", spec)
+    code = Code(name)
+    route_token(code, spec)
+    shared = [*spec.arguments(), *spec.own(), ("%counters", team.COUNTERS)]
+    with code.function("work", ", ".join(f"{n}: {kind}" for n, kind in shared)):
         thread = team.claim(code, 0)
-        tokens, experts = (code.let(f"memref.dim %logits, {code.index(n)} : {ROWS}") for n in (0, 1))
-        with team.claimed(code, 1, tokens) as token:
-            route_token(code, spec, thread, token, experts)
-    team.entry_points(code, "route", spec.arguments())
-    return f"module {{\n{code.text()}\n}}\n"
+        with team.claimed(code, 1, code.dim("%logits", 0, LOGITS)) as token:
+            call_route(code, spec, thread, token)
+    team.team(code, "work", shared)
+    with code.public(name, ", ".join(f"{n}: {kind}" for n, kind in spec.arguments())):
+        tokens, experts = (code.dim("%logits", axis, LOGITS) for axis in range(2))
+        with code.when(code.compare("ne", tokens, 0)):
+            threads = team.threads_for(code, code.mul(code.mul(tokens, experts), PRODUCTS))
+            space = Workspace(code)
+            space.take("%counters", "i64", 2 * team.COUNTER_SPACING)
+            take_rows(code, space, spec, threads, experts)
+            space.allocate()
+            team.reset(code, "%counters", 2)
+            team.run(code, "work", shared, threads)
+            space.release()
+    return Function(name, code.text(), tuple(kind for _, kind in spec.arguments()))
 
 
-def route_token(code: Code, spec: RouteSpec, thread: str, token: str, experts: str) -> None:
-    """The body of one token."""
-    top_k, groups, kept = (code.let(f"memref.load %sizes[{code.index(n)}] : memref<?xindex>") for n in range(3))
-    _score(code, spec, thread, token, experts)
-    with code.loop(0, experts, 1) as expert:
-        value = code.let(f"memref.load %scores[{thread}, {expert.index}] : {ROWS}")
-        if spec.bias:
-            value = code.let(
-                f"arith.addf {value}, {code.let(f'memref.load %bias[{expert.index}] : memref<?xf32>')} : f32"
-            )
-        code.line(f"memref.store {_key(code, value)}, %keys[{thread}, {expert.index}] : {KEYS}")
-    with code.when(code.compare("ult", kept, groups)):
-        _drop_groups(code, spec, thread, experts, groups, kept)
-    with code.loop(0, top_k, 1) as k:
-        best, _ = _largest(code, thread, 0, experts)
-        _store_key(code, SPENT, thread, best)
-        code.line(
-            f"memref.store {code.let(f'arith.index_cast {best} : index to i64')}, %ids[{token}, {k.index}] : {IDS}"
-        )
-        value = code.let(f"memref.load %scores[{thread}, {best}] : {ROWS}")
-        code.line(f"memref.store {value}, %weights[{token}, {k.index}] : {ROWS}")
-    _weigh(code, spec, token, top_k)
+def take_rows(code: Code, space: Workspace, spec: RouteSpec, threads: str, experts: str) -> None:
+    """Room for `own`."""
+    space.take("%scores", "f32", threads, code.up_to_multiple(experts, spec.level.lanes))
+    space.take("%keys", "i32", threads, code.add(experts, spec.n_group))
+
+
+def call_route(code: Code, spec: RouteSpec, thread: str, token: str) -> None:
+    """One token; its memory has the names that it has here."""
+    given = [*spec.arguments(), *spec.own()]
+    names, kinds = ", ".join(name for name, _ in given), ", ".join(kind for _, kind in given)
+    code.line(f"func.call @route_token({thread}, {token}, {names}) : (index, index, {kinds}) -> ()")
+
+
+def route_token(code: Code, spec: RouteSpec) -> None:
+    """Write `@route_token(thread, token, ...)`."""
+    given = ", ".join(f"{name}: {kind}" for name, kind in (*spec.arguments(), *spec.own()))
+    with code.function("route_token", f"%thread: index, %token: index, {given}"):
+        thread, token, experts = "%thread", "%token", code.dim("%logits", 1, LOGITS)
+        _score(code, spec, thread, token, experts)
+        with code.loop(0, experts, 1) as expert:
+            value = _selection(code, spec, thread, expert.index)
+            code.line(f"memref.store {_key(code, value)}, %keys[{thread}, {expert.index}] : {KEYS}")
+        if spec.topk_group < spec.n_group:
+            _drop_groups(code, spec, thread, experts)
+        with code.loop(0, spec.top_k, 1) as k:
+            best, _ = _largest(code, thread, 0, experts)
+            _store_key(code, SPENT, thread, best)
+            chosen = code.let(f"arith.index_cast {best} : index to i64")
+            code.line(f"memref.store {chosen}, %ids[{token}, {k.index}] : {IDS}")
+            value = code.let(f"memref.load %scores[{thread}, {best}] : {ROWS}")
+            code.line(f"memref.store {value}, %weights[{token}, {k.index}] : {LOGITS}")
+        _weigh(code, spec, token)
+
+
+def _selection(code: Code, spec: RouteSpec, thread: str, expert: str) -> str:
+    """What an expert is chosen by: its score, and its bias added."""
+    value = code.load("%scores", f"{thread}, {expert}", ROWS)
+    if spec.bias is None:
+        return value
+    bias = widen_scalar(code, code.load("%bias", expert, matrix(spec.bias, 1)), spec.bias)
+    return code.let(f"arith.addf {value}, {bias} : f32")
 
 
 def _score(code: Code, spec: RouteSpec, thread: str, token: str, experts: str) -> None:
@@ -100,7 +133,7 @@ def _score(code: Code, spec: RouteSpec, thread: str, token: str, experts: str) -
     with code.loop(0, room, 1) as expert:
         code.line(f"memref.store {lowest}, %scores[{thread}, {expert.index}] : {ROWS}")
     with code.loop(0, experts, 1) as expert:
-        value = code.let(f"memref.load %logits[{token}, {expert.index}] : {ROWS}")
+        value = code.let(f"memref.load %logits[{token}, {expert.index}] : {LOGITS}")
         code.line(f"memref.store {value}, %scores[{thread}, {expert.index}] : {ROWS}")
     if spec.score == "softmax_after_topk":
         return
@@ -165,26 +198,21 @@ def _largest(code: Code, thread: str, start: Value, stop: Value) -> tuple[str, s
     return f"{result}#0", f"{result}#1"
 
 
-def _drop_groups(code: Code, spec: RouteSpec, thread: str, experts: str, groups: str, kept: str) -> None:
+def _drop_groups(code: Code, spec: RouteSpec, thread: str, experts: str) -> None:
     """Experts of all groups but the `kept` best get the key of -inf; keys of groups lie behind those of experts."""
+    groups, kept = spec.n_group, spec.topk_group
     size = code.div(experts, groups)
-
-    def selection(at: str) -> str:
-        value = code.let(f"memref.load %scores[{thread}, {at}] : {ROWS}")
-        if not spec.bias:
-            return value
-        return code.let(f"arith.addf {value}, {code.let(f'memref.load %bias[{at}] : memref<?xf32>')} : f32")
 
     with code.loop(0, groups, 1) as group:
         start = code.mul(group.index, size)
         stop = code.add(start, size)
         best, key = _largest(code, thread, start, stop)
-        score = selection(best)
+        score = _selection(code, spec, thread, best)
         if spec.group_score == "top2":
             _store_key(code, SPENT, thread, best)
             second, _ = _largest(code, thread, start, stop)
             code.line(f"memref.store {key}, %keys[{thread}, {best}] : {KEYS}")
-            score = code.let(f"arith.addf {score}, {selection(second)} : f32")
+            score = code.let(f"arith.addf {score}, {_selection(code, spec, thread, second)} : f32")
         code.line(f"memref.store {_key(code, score)}, %keys[{thread}, {code.add(experts, group.index)}] : {KEYS}")
     end = code.add(experts, groups)
     with code.loop(0, kept, 1):
@@ -199,19 +227,19 @@ def _drop_groups(code: Code, spec: RouteSpec, thread: str, experts: str, groups:
                 _store_key(code, INFINITE, thread, expert.index)
 
 
-def _weigh(code: Code, spec: RouteSpec, token: str, top_k: str) -> None:
+def _weigh(code: Code, spec: RouteSpec, token: str) -> None:
     """softmax over the K chosen where that comes last, division by their sum + eps, times scale; in place."""
-    eps, scale = (code.let(f"memref.load %scalars[{code.index(n)}] : memref<?xf32>") for n in (0, 1))
+    top_k, eps, scale = spec.top_k, code.constant(spec.eps, "f32"), code.constant(spec.scale, "f32")
 
     def each(change: str, operand: str) -> None:
         with code.loop(0, top_k, 1) as k:
-            place = f"%weights[{token}, {k.index}] : {ROWS}"
+            place = f"%weights[{token}, {k.index}] : {LOGITS}"
             value = code.let(f"memref.load {place}")
             code.line(f"memref.store {code.let(f'arith.{change} {value}, {operand} : f32')}, {place}")
 
     def folded(operation: str, start: str) -> str:
         with code.loop(0, top_k, 1, [start], "f32") as k:
-            value = code.let(f"memref.load %weights[{token}, {k.index}] : {ROWS}")
+            value = code.let(f"memref.load %weights[{token}, {k.index}] : {LOGITS}")
             k.give([code.let(f"arith.{operation} {k.carried[0]}, {value} : f32")])
         return k.results[0]
 
@@ -220,7 +248,7 @@ def _weigh(code: Code, spec: RouteSpec, token: str, top_k: str) -> None:
         math = VectorMath(code, 4)
         each("subf", folded("maximumf", code.let("arith.constant 0xFF800000 : f32", "k")))
         with code.loop(0, top_k, 1) as k:
-            place = f"%weights[{token}, {k.index}] : {ROWS}"
+            place = f"%weights[{token}, {k.index}] : {LOGITS}"
             vector = math.exp(math.spread(code.let(f"memref.load {place}")))
             code.line(f"memref.store {code.let(f'vector.extract {vector}[0] : f32 from {math.kind}')}, {place}")
         each("divf", folded("addf", zero))

@@ -1,6 +1,6 @@
 """Register tiles for few tokens: K lies along the lanes, weights stream from memory in the layout that nn.Linear has.
 
-`@rows_MxN`: out[m, n] += sum_k x[m, k] w[n, k] for M rows of x and N rows of weights. A step takes 2 L values of k:
+`@rows_{element}_MxN`: out[m, n] += sum_k x[m, k] w[n, k] for M rows of x and N rows of weights. A step takes 2 L values of k:
 
     for k = 0 to K step 2L:  w_n = 2 vectors of row n;  x_m = 2 vectors of row m;  acc_mn = fma(w_n, x_m, acc_mn)
     out[m, n] += the lanes of acc_mn
@@ -36,10 +36,10 @@ def split_pairs(element: str) -> bool:
 
 
 def row_tile(code: Code, element: str, lanes: int, tokens: int, rows: int) -> None:
-    """Write `@rows_{tokens}x{rows}`."""
+    """Write `@rows_{element}_{tokens}x{rows}`."""
     matrix, kind, step = MATRIX.format(element), f"vector<{lanes}xf32>", 2 * lanes
     chains = 2 if tokens * rows < 8 else 1  # eight sums in flight hide the latency of a product
-    with code.function(f"rows_{tokens}x{rows}", arguments(element)):
+    with code.function(f"rows_{element}_{tokens}x{rows}", arguments(element)):
         w_rows = [code.add("%row", n) for n in range(rows)]
         x_bases = [code.add("%base", code.mul("%pitch", m)) for m in range(tokens)]
         zero = code.constant(0.0, kind)
@@ -110,18 +110,20 @@ def _reader(code: Code, element: str, lanes: int, w_rows: list[str], k: str) -> 
 
 
 def row_range(code: Code, element: str, lanes: int, tokens: int) -> None:
-    """Write `@rows_{tokens}`: rows `%row` to `%stop` of the weights, in tiles, and the tiles themselves."""
+    """Write `@rows_{element}_{tokens}`: rows `%row` to `%stop` of the weights, in tiles, and the tiles themselves."""
     height = weight_rows(element, tokens)
+    if f"rows_{element}_{tokens}" in code.functions:
+        return
     for rows in (1, height):
         row_tile(code, element, lanes, tokens, rows)
-    with code.function(f"rows_{tokens}", f"{arguments(element)}, %stop: index"):
+    with code.function(f"rows_{element}_{tokens}", f"{arguments(element)}, %stop: index"):
         whole = code.add("%row", code.down_to_multiple(code.sub("%stop", "%row"), height))
         for start, stop, rows in (("%row", whole, height), (whole, "%stop", 1)):
             with code.loop(start, stop, rows) as n:
                 column = code.add("%column", code.sub(n.index, "%row"))
                 code.line(
-                    f"func.call @rows_{tokens}x{rows}(%w, {n.index}, %size, %x, %base, %pitch, %out, %token, {column}) "
-                    f": ({types(element)}) -> ()"
+                    f"func.call @rows_{element}_{tokens}x{rows}(%w, {n.index}, %size, %x, %base, %pitch, %out, %token, "
+                    f"{column}) : ({types(element)}) -> ()"
                 )
 
 

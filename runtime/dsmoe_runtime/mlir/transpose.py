@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsmoe_runtime.mlir.code import Code
+from dsmoe_runtime.mlir.code import Code, Value
+from dsmoe_runtime.mlir.formats import narrow, narrow_scalar
+from dsmoe_runtime.mlir.row_tiles import WIDE
 
 SIDE = 8
 EIGHT = "vector<8xf32>"
@@ -34,3 +36,37 @@ def transpose(code: Code, rows: Sequence[str]) -> list[str]:
         both([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15], a, b) for a, b in zip(upper, lower, strict=True)
     ]
     return [half[0] for half in halves] + [half[1] for half in halves]
+
+
+def write_transposed(
+    code: Code, sums: str, rows: str, slots: tuple[str, str], end: str | None, element: str, out: tuple[str, str],
+    begin: Value,
+) -> None:  # fmt: skip
+    """out[slot, begin + n] = sums[n, slot - slots[0]] as `element`, in blocks of 8 by 8, for slots below `end`."""
+    whole = code.down_to_multiple(rows, SIDE)
+    target, kind = out
+    with code.loop(0, code.sub(slots[1], slots[0]), SIDE) as token:
+        slot = code.add(slots[0], token.index)
+
+        def store(number: int, at: str, what: str, vector: str) -> None:
+            row = code.add(slot, number)
+            if end is None:
+                code.line(f"{what} {target}[{row}, {at}] : {kind}{vector}")
+                return
+            with code.when(code.compare("slt", row, end)):
+                code.line(f"{what} {target}[{row}, {at}] : {kind}{vector}")
+
+        with code.loop(0, whole, SIDE) as n:
+            block = [
+                code.let(f"vector.load {sums}[{code.add(n.index, row)}, {token.index}] : {WIDE}, {EIGHT}")
+                for row in range(SIDE)
+            ]
+            at = code.add(begin, n.index)
+            for number, column in enumerate(transpose(code, block)):
+                value = narrow(code, column, element, SIDE)
+                store(number, at, f"vector.store {value},", f", vector<{SIDE}x{element}>")
+        with code.loop(whole, rows, 1) as n:
+            at = code.add(begin, n.index)
+            for lane in range(SIDE):
+                value = code.load(sums, f"{n.index}, {code.add(token.index, lane)}", WIDE)
+                store(lane, at, f"memref.store {narrow_scalar(code, value, element)},", "")

@@ -21,16 +21,20 @@ AHEAD = 4  # rows: so far ahead of the unpacking memory is asked
 
 @dataclass(frozen=True)
 class Stack:
-    """The weights of all experts, one argument of a kernel: [E, N, K] by its strides, whatever lies innermost."""
+    """The weights of all experts, %w of a function: [E, N, K] by its strides, whatever lies innermost."""
 
-    name: str
     element: str
     transposed: bool  # N lies innermost, not K
 
     @property
     def kind(self) -> str:
         inner = "?" if self.transposed else "1"
-        return f"memref<?x?x?x{self.element}, strided<[?, ?, {inner}]>>"
+        return f"memref<?x?x?x{self.element}, strided<[?, ?, {inner}], offset: ?>>"
+
+    @property
+    def unpack(self) -> str:
+        """The function that unpacks its rows."""
+        return f"unpack_{self.element}" + ("_transposed" if self.transposed else "")
 
     @property
     def rows_kind(self) -> str:
@@ -48,7 +52,7 @@ class Stack:
         """`size` values from k on of the rows first, first + step, ... of one expert."""
         at, steps = f"[{expert}, {first}, {code.index(k)}]", f"[1, {step}, 1]"
         return code.let(
-            f"memref.subview {self.name}{at} [1, {count}, {size}] {steps} : {self.kind} to {self.rows_kind}", "rows"
+            f"memref.subview %w{at} [1, {count}, {size}] {steps} : {self.kind} to {self.rows_kind}", "rows"
         )
 
 
@@ -62,9 +66,11 @@ def scratch_matrix(code: Code, scratch: str, offset: Value, rows: Value, columns
 
 
 def unpack(code: Code, stack: Stack, lanes: int) -> None:
-    """Write `@unpack_{n}(w, rows, size, out)`: out[n, k] = float32 of w[n, k]."""
-    source, label = stack.rows_kind, stack.name.removeprefix("%")
-    with code.function(f"unpack_{label}", f"%w: {source}, %rows: index, %size: index, %out: {WIDE}"):
+    """Write `@unpack_..(w, rows, size, out)`: out[n, k] = float32 of w[n, k]."""
+    source = stack.rows_kind
+    if stack.unpack in code.functions:
+        return
+    with code.function(stack.unpack, f"%w: {source}, %rows: index, %size: index, %out: {WIDE}"):
         whole = 0 if stack.transposed else code.down_to_multiple("%size", lanes)
         with code.loop(0, "%rows", 1) as n:
             if not stack.transposed:
