@@ -24,6 +24,7 @@ from dsmoe_compiler.targets.mlir.division import Call, Glue, Step, divide, is_pa
 from dsmoe_compiler.targets.mlir.glue import GlueGraph, glue_graph
 from dsmoe_compiler.targets.mlir.layout import IN_PLACE, Buffer, View, buffer_of, is_size, root_of, tensor_of, view_of
 from dsmoe_compiler.targets.mlir.operators import Operation, operation
+from dsmoe_compiler.targets.mlir.prepare import prepared
 from dsmoe_compiler.targets.mlir.sizes import SizeCode, size_of
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir.code import Code
@@ -90,7 +91,7 @@ class Schedule:
 def schedule(graph: fx.GraphModule, name: str, level: Level) -> Schedule:
     """Divide a graph, lay out its values, and write its program."""
     start = time.perf_counter()
-    result = _Scheduler(graph, name, level).run()
+    result = _Scheduler(prepared(graph), name, level).run()
     result.seconds = time.perf_counter() - start
     return result
 
