@@ -1,8 +1,8 @@
 """Which function computes a node, and with what: the waist between graphs and generated kernels.
 
-    aten.linear                        linear(x [M, K], w [N, K], bias [N]?, y [M, N])
-    dsmoe.moe, experts, route          functions of the same names
-    aten.index_copy_, aten.copy_       write_slots, write_over, into the caller's memory
+aten.linear                        linear(x [M, K], w [N, K], bias [N]?, y [M, N])
+dsmoe.moe, experts, route          functions of the same names
+aten.index_copy_, aten.copy_       write_slots, write_over, into the caller's memory
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _linear(node: fx.Node, where: Where, level: Level) -> Operation | None:
 def _moe(node: fx.Node, where: Where, level: Level) -> Operation:
     (x, router, router_bias, bias, top_k, score, n_group, topk_group, group_score, renormalize, eps, scale,
      router_dtype, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout, shared_gate_up,
-     shared_down, shared_gate) = cast(tuple[Any, ...], positional(node))  # fmt: skip
+     shared_down, shared_gate) = positional(node)  # fmt: skip
     kind = {n: where(n).element for n in (x, router, router_bias, bias) if n is not None}
     if router_dtype == "activation" and kind[x] != "f32":
         raise TargetError(f"{node.name}: router_dtype is 'activation' and x {kind[x]}; mlir-cpu's gate is float32")
@@ -84,9 +84,7 @@ def _moe(node: fx.Node, where: Where, level: Level) -> Operation:
 
 
 def _experts(node: fx.Node, where: Where, level: Level) -> Operation:
-    x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout = cast(
-        tuple[Any, ...], positional(node)
-    )
+    x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout = positional(node)
     spec = ExpertsSpec(
         where(x).element, Activation(activation, alpha, limit), layout, gate_up_bias is not None,
         down_bias is not None, level,
@@ -96,10 +94,13 @@ def _experts(node: fx.Node, where: Where, level: Level) -> Operation:
 
 
 def _route(node: fx.Node, where: Where, level: Level) -> Operation:
-    logits, bias, *rest = cast(tuple[Any, ...], positional(node))
+    logits, bias, top_k, score, n_group, topk_group, group_score, renormalize, eps, scale = positional(node)
     if where(logits).element != "f32":
         raise TargetError(f"{node.name}: logits are {where(logits).element}; mlir-cpu's gate is float32")
-    spec = RouteSpec(*rest, None if bias is None else where(bias).element, level)
+    spec = RouteSpec(
+        top_k, score, n_group, topk_group, group_score, renormalize, eps, scale,
+        None if bias is None else where(bias).element, level,
+    )  # fmt: skip
     return _with_parts(route_function(spec), [where(n) for n in (logits, bias) if n is not None], node, where)
 
 

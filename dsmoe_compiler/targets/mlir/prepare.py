@@ -1,9 +1,9 @@
 """A graph before it is divided: caches written where they lie, products as `linear`, rows side by side.
 
-    copy_(cache, index_copy(cache, 2, slots, k))      ->  index_copy_(cache, 2, slots, k)
-    mm(x, t(w)), matmul, addmm                        ->  linear(x, w, bias)
-    attention(q, repeat_interleave(k), ...)           ->  attention(q, k, ..., enable_gqa=True)
-    linear(transpose(x), w)                           ->  linear(clone(transpose(x)), w)
+copy_(cache, index_copy(cache, 2, slots, k))      ->  index_copy_(cache, 2, slots, k)
+mm(x, t(w)), matmul, addmm                        ->  linear(x, w, bias)
+attention(q, repeat_interleave(k), ...)           ->  attention(q, k, ..., enable_gqa=True)
+linear(transpose(x), w)                           ->  linear(clone(transpose(x)), w)
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def write_in_place(node: fx.Node) -> None:
 def as_linear(node: fx.Node) -> None:
     """A product with a matrix that lies as `nn.Linear` has it."""
     bias, (x, w) = (node.args[0], node.args[1:3]) if node.target is aten.addmm.default else (None, node.args[:2])
-    assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(w, fx.Node)
     value = tensor_of(w)
     if value is None or value.dim() != 2 or value.stride(0) != 1 or node.kwargs:
         return

@@ -1,10 +1,11 @@
-"""A graph compiled to one object file, loaded, and called with tensors: no weight is copied.
+"""A graph compiled to object files, loaded, and called with tensors: no weight is copied.
 
     program = compile_program(graph, "prefill")
     logits, experts = program([ids, *keys, *values])
 
-The object is kept in the user's cache; its key is the text of the schedule and of the glue's graphs, so that what was
-compiled before is found before torch-mlir is asked, or even imported.
+Objects are kept in the user's cache. A function of the waist is one of its own, which all programs share; that of the
+program is kept by the text of its schedule and of its glue's graphs, so that what was compiled before is found before
+torch-mlir is asked, or even imported.
 """
 
 from __future__ import annotations
@@ -33,29 +34,38 @@ from dsmoe_runtime.mlir.loader import LoadedObject
 
 @dataclass
 class Compiled:
-    """An object file with what is needed to call it, and the seconds that each stage took (none: it was cached)."""
+    """A program as object files with what is needed to call it, and the seconds that each stage took.
+
+    `images` are by function, the program's own last: those of the waist are shared with other programs.
+    """
 
     schedule: Schedule
     level: Level
-    image: bytes
+    images: dict[str, bytes]
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def compile_graph(graph: fx.GraphModule, name: str, *, level: Level | None = None) -> Compiled:
-    """Compile a graph to an object whose entry point is `name`, or find it in the cache."""
+    """Compile a graph to objects, that of the entry point `name` last, or find them in the cache."""
     level = level or best_level()
     plan = schedule(graph, name, level)
     seconds = {"schedule": plan.seconds}
-    key = "\n".join((compiler_version(), torch.__version__, level.cpu, level.features, *lowering.VERSION, plan.key))
 
-    def make() -> bytes:
-        glued = lower_all(plan, seconds)
+    def compiled(source: str, entry: str) -> bytes:
         start = time.perf_counter()
-        image = compile_object(whole(plan, glued), level, name)
-        seconds["llvm"] = time.perf_counter() - start
+        image = compile_object(source, level, entry)
+        seconds["llvm"] = seconds.get("llvm", 0.0) + time.perf_counter() - start
         return image
 
-    return Compiled(plan, level, cache.cached(key, make), seconds)
+    versions = (compiler_version(), level.cpu, level.features)
+    images = {}
+    for one in plan.functions.values():
+        source = function.module([one])
+        key = "\n".join((*versions, source))
+        images[one.name] = cache.cached(key, lambda source=source, one=one: compiled(source, one.name))  # type: ignore[misc]
+    key = "\n".join((*versions, torch.__version__, *lowering.VERSION, plan.key))
+    images[name] = cache.cached(key, lambda: compiled(program_module(plan, lower_all(plan, seconds)), name))
+    return Compiled(plan, level, images, seconds)
 
 
 def lower_all(plan: Schedule, seconds: dict[str, float]) -> dict[str, Glued]:
@@ -67,9 +77,10 @@ def lower_all(plan: Schedule, seconds: dict[str, float]) -> dict[str, Glued]:
     return glued
 
 
-def whole(plan: Schedule, glued: dict[str, Glued]) -> str:
-    """The module that LLVM gets: the program, its glue, and the functions of the waist."""
-    return function.module(plan.functions.values(), "\n".join([*(g.loops for g in glued.values()), plan.text]))
+def program_module(plan: Schedule, glued: dict[str, Glued]) -> str:
+    """What LLVM gets: the program and its glue; the functions of the waist are compiled apart and only declared."""
+    declared = [f"  func.func private @{f.name}({', '.join(f.arguments)})" for f in plan.functions.values()]
+    return function.module([], "\n".join([*declared, *(g.loops for g in glued.values()), plan.text]))
 
 
 class Program:
@@ -82,8 +93,12 @@ class Program:
             raise TargetError(f"level {level} needs {', '.join(sorted(missing))}, which this processor lacks")
         plan = self.plan = compiled.schedule
         self.compiled = compiled
-        self._object = LoadedObject(compiled.image)
-        entry, space = (self._object.address(plan.name), self._object.address(f"{plan.name}_workspace"))
+        known: dict[str, int] = {}
+        self._objects = []  # they hold the code
+        for name, image in compiled.images.items():
+            self._objects.append(LoadedObject(image, known))
+            known[name] = self._objects[-1].address(name)
+        entry, space = known[plan.name], self._objects[-1].address(f"{plan.name}_workspace")
         self._entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(entry)
         self._space = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(space)
         self._weights = {name: weights[name] for kind, name, _ in plan.arguments if kind == "weight"}

@@ -83,9 +83,8 @@ class Schedule:
 
     @property
     def key(self) -> str:
-        """All that the compiled code depends on, but for the compiler."""
-        glues = [f"{name}\n{glue.key}" for name, glue in self.glues.items()]
-        return "\n".join([self.text, *(f.source for f in self.functions.values()), *glues])
+        """All that the code of the program and its glue depends on, but for the compiler."""
+        return "\n".join([self.text, *(f"{name}\n{glue.key}" for name, glue in self.glues.items())])
 
 
 def schedule(graph: fx.GraphModule, name: str, level: Level) -> Schedule:

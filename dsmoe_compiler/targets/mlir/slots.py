@@ -18,7 +18,7 @@ def write_slots(element: str, rank: int, dim: int) -> Function:
     """target[..., index[s], ...] = source[..., s, ...] along `dim`. Slots are in range: the caller has checked them."""
     name, kind = f"write_slots_{element}_{rank}_{dim}", matrix(element, rank)
     code = Code()
-    with code.function(name, f"%target: {kind}, %index: {INDICES}, %source: {kind}"), ExitStack() as loops:
+    with code.public(name, f"%target: {kind}, %index: {INDICES}, %source: {kind}"), ExitStack() as loops:
         places = [
             loops.enter_context(code.loop(0, code.let(f"memref.dim %source, {code.index(d)} : {kind}"), 1)).index
             for d in range(rank)
@@ -35,7 +35,7 @@ def write_over(element: str, rank: int) -> Function:
     """target[...] = source[...]; both have the same shape."""
     name, kind = f"write_over_{element}_{rank}", matrix(element, rank)
     code = Code()
-    with code.function(name, f"%target: {kind}, %source: {kind}"), ExitStack() as loops:
+    with code.public(name, f"%target: {kind}, %source: {kind}"), ExitStack() as loops:
         places = [
             loops.enter_context(code.loop(0, code.let(f"memref.dim %source, {code.index(d)} : {kind}"), 1)).index
             for d in range(rank)

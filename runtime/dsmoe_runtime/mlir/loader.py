@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +39,13 @@ class _Section:
 
 
 class LoadedObject:
-    """Code in memory; `address` of a function is valid as long as this lives."""
+    """Code in memory; `address` of a function is valid as long as this lives.
 
-    def __init__(self, image: bytes) -> None:
+    `known` are addresses of functions that the object calls and others define; those live as long, too.
+    """
+
+    def __init__(self, image: bytes, known: Mapping[str, int] | None = None) -> None:
+        self._known = known or {}
         self._symbols: dict[str, int] = {}
         sections = _sections(image)
         kept = [n for n, s in enumerate(sections) if s.flags & _ALLOCATED and not s.name.startswith(".eh_frame")]
@@ -65,7 +70,7 @@ class LoadedObject:
                 if name:
                     self._symbols[name] = values[-1]
             else:
-                values.append(base + table if name == _TABLE else _outside(name) if name and number == 0 else 0)
+                values.append(base + table if name == _TABLE else self._outside(name) if name and number == 0 else 0)
         for n, value in enumerate(values):
             struct.pack_into("<Q", self._memory, table + 8 * n, value)
         for section in sections:
@@ -86,6 +91,9 @@ class LoadedObject:
                         raise TargetError(f"{names[symbol][0]} is out of reach for a relocation of type {kind}")
                     struct.pack_into("<Q" if kind in _WIDE else "<i", self._memory, spot, distance & _mask(kind))
         _protect(base, len(self._memory))
+
+    def _outside(self, name: str) -> int:
+        return self._known[name] if name in self._known else _outside(name)
 
     def address(self, name: str) -> int:
         """Of a function that the object defines."""
