@@ -1,6 +1,8 @@
 """What lies between two calls, as a graph of its own: dense inputs in the order of memory, dense outputs likewise.
 
-rotate(transpose(unflatten(linear)))     linear is made elsewhere: an input; the views of it come along
+    rotate(transpose(unflatten(linear)))     linear is made elsewhere: an input
+
+Views of an input come along, and are lowered with what reads them.
 """
 
 from __future__ import annotations

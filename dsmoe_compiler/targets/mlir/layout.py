@@ -76,6 +76,11 @@ class View:
             step = sizes[-1]
         return View(self.buffer, self.offset, (product([rows]), sizes[-1]), (step, strides[-1]))
 
+    def leading_ones(self, rank: int) -> View:
+        """The same with dimensions of size 1 before the others, up to `rank`."""
+        more = rank - len(self.sizes)
+        return View(self.buffer, self.offset, (1,) * more + self.sizes, (0,) * more + self.strides)
+
     @property
     def inner_is_one(self) -> bool:
         """Whether values of a row lie side by side."""

@@ -1,9 +1,11 @@
-"""Glue through torch-mlir: torch dialect -> linalg on tensors -> loops over buffers of the caller.
+"""Glue through torch-mlir: torch dialect -> linalg on tensors -> loops.
 
-func.func @glue(%x: !torch.vtensor<[1,?,256],f32>) -> !torch.vtensor<[1,?,256],f32>      torch
-func.func @glue(%x: tensor<1x?x256xf32>, %out: memref<1x?x256xf32>)                      linalg
-  bufferization.materialize_in_destination %y in restrict writable %out
-func.func private @glue(%x: memref<1x?x256xf32>, %out: memref<1x?x256xf32>)              loops
+    func.func @glue(%x: !torch.vtensor<[1,?,256],f32>) -> !torch.vtensor<[1,?,256],f32>      torch
+    func.func @glue(%x: tensor<1x?x256xf32>, %out: memref<1x?x256xf32>)                      linalg
+      bufferization.materialize_in_destination %y in restrict writable %out
+    func.func private @glue(%x: memref<1x?x256xf32>, %out: memref<1x?x256xf32>)              scheduled
+
+Results are written into memory of the caller, which is why linalg knows of it.
 """
 
 from __future__ import annotations

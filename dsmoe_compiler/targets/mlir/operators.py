@@ -1,8 +1,12 @@
 """Which function computes a node, and with what: the waist between graphs and generated kernels.
 
-aten.linear                        linear(x [M, K], w [N, K], bias [N]?, y [M, N])
-dsmoe.moe, experts, route          functions of the same names
-aten.index_copy_, aten.copy_       write_slots, write_over, into the caller's memory
+    aten.linear                        linear(x [M, K], w [N, K], bias [N]?, y [M, N])
+    dsmoe.moe, experts, route          functions of the same names
+    aten.scaled_dot_product_attention  attention(q, k, v [B, H, S | C, D], mask?, y)
+    aten.topk                          topk(x [M, N], values [M, K], indices [M, K])
+    aten.index_copy_, aten.copy_       write_slots, write_over, into the caller's memory
+
+Functions read views where they lie. What none of them takes is glue.
 """
 
 from __future__ import annotations
@@ -17,8 +21,12 @@ from torch import fx
 
 from dsmoe_compiler.targets.lower import positional
 from dsmoe_compiler.targets.mlir.layout import View, tensor_of
+from dsmoe_compiler.targets.mlir.sizes import same
 from dsmoe_compiler.targets.mlir.slots import write_over, write_slots
+from dsmoe_compiler.targets.mlir.topk import topk_function
 from dsmoe_runtime.errors import TargetError
+from dsmoe_runtime.mlir.attention_lowering import attention_function
+from dsmoe_runtime.mlir.attention_place import AttentionSpec
 from dsmoe_runtime.mlir.experts_lowering import ExpertsSpec, experts_function
 from dsmoe_runtime.mlir.function import Function
 from dsmoe_runtime.mlir.gate_up import Activation
@@ -104,6 +112,39 @@ def _route(node: fx.Node, where: Where, level: Level) -> Operation:
     return _with_parts(route_function(spec), [where(n) for n in (logits, bias) if n is not None], node, where)
 
 
+def _attention(node: fx.Node, where: Where, level: Level) -> Operation | None:
+    q, k, v, mask, dropout, causal, scale, _ = positional(node)
+    views = [where(n) for n in (q, k, v)]
+    if dropout or any(len(view.sizes) != 4 or not view.inner_is_one for view in (*views, where(node))):
+        return None
+    if views[0].element not in FLOATS or len({view.element for view in views}) != 1 or (causal and mask is not None):
+        return None
+    kind = "causal" if causal else "none"
+    if mask is not None:
+        seen = where(mask).leading_ones(4)
+        if not seen.inner_is_one or not same(seen.sizes[-1], views[1].sizes[2]):
+            return None
+        kind = seen.element
+        views.append(seen)
+    depth = views[0].sizes[-1]
+    if scale is None and not isinstance(depth, int):
+        return None
+    spec = AttentionSpec(views[0].element, kind, depth**-0.5 if scale is None else scale, level)
+    return Operation(attention_function(spec), (*views, where(node)), (node,))
+
+
+def _topk(node: fx.Node, where: Where, _level: Level) -> Operation | None:
+    x, _, dim, largest, _ = positional(node)
+    rows = where(x).flat_rows()
+    if rows is None or not rows.inner_is_one or not largest or rows.element not in FLOATS:
+        return None
+    if dim not in (-1, len(where(x).sizes) - 1):
+        return None
+    found = _with_parts(topk_function(rows.element), [rows], node, where)
+    made = [view.flat_rows() for view in found.operands[1:]]
+    return Operation(found.function, (rows, *(view for view in made if view is not None)), found.made)
+
+
 def _with_parts(function: Function, given: list[View], node: fx.Node, where: Where) -> Operation:
     """Of a node that gives several values; one that nobody takes gets memory all the same."""
     parts: dict[int, fx.Node] = {}
@@ -141,6 +182,8 @@ def _write_over(node: fx.Node, where: Where, _level: Level) -> Operation | None:
 
 MAKERS: dict[Any, Callable[[fx.Node, Where, Level], Operation | None]] = {
     aten.linear.default: _linear,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.topk.default: _topk,
     ops.moe.default: _moe,
     ops.experts.default: _experts,
     ops.route.default: _route,

@@ -1,9 +1,11 @@
 """A graph before it is divided: caches written where they lie, products as `linear`, rows side by side.
 
-copy_(cache, index_copy(cache, 2, slots, k))      ->  index_copy_(cache, 2, slots, k)
-mm(x, t(w)), matmul, addmm                        ->  linear(x, w, bias)
-attention(q, repeat_interleave(k), ...)           ->  attention(q, k, ..., enable_gqa=True)
-linear(transpose(x), w)                           ->  linear(clone(transpose(x)), w)
+    copy_(cache, index_copy(cache, 2, slots, k))      ->  index_copy_(cache, 2, slots, k)
+    mm(x, t(w)), matmul, addmm                        ->  linear(x, w, bias)
+    attention(q, repeat_interleave(k), ...)           ->  attention(q, k, ..., enable_gqa=True)
+    linear(transpose(x), w)                           ->  linear(clone(transpose(x)), w)
+
+Numbers stay what they are.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import fx
 from dsmoe_compiler.targets.mlir.layout import buffer_of, root_of, tensor_of, view_of
 
 aten, ops = torch.ops.aten, torch.ops.dsmoe
-FLAT = (aten.linear.default,)  # whose first argument may have any number of dimensions
+FLAT = (aten.linear.default, aten.topk.default)  # whose first argument may have any number of dimensions
 ROWS = (*FLAT, ops.moe.default, ops.experts.default, ops.route.default, aten.scaled_dot_product_attention.default)
 
 

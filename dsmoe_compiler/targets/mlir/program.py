@@ -101,10 +101,10 @@ class Program:
         entry, space = known[plan.name], self._objects[-1].address(f"{plan.name}_workspace")
         self._entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(entry)
         self._space = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(space)
-        self._weights = {name: weights[name] for kind, name, _ in plan.arguments if kind == "weight"}
+        self.weights = {name: weights[name] for kind, name, _ in plan.arguments if kind == "weight"}
         self._places = [(number, name) for number, (kind, name, _) in enumerate(plan.arguments) if kind == "input"]
         self._made = [(n, buffer) for n, (kind, _, buffer) in enumerate(plan.arguments) if kind == "output"]
-        self._fixed = [self._weights[name].data_ptr() if kind == "weight" else 0 for kind, name, _ in plan.arguments]
+        self._fixed = [self.weights[name].data_ptr() if kind == "weight" else 0 for kind, name, _ in plan.arguments]
         self._number = {name: number for number, name in enumerate(plan.inputs)}
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Program:
         view = output.view
         numbers = [[evaluate(size, free) for size in sizes] for sizes in (view.sizes, view.strides)]
         kind, name, _ = self.plan.arguments[output.argument]
-        whole = self._weights[name] if kind == "weight" else tensors[output.argument]
+        whole = self.weights[name] if kind == "weight" else tensors[output.argument]
         offset = whole.storage_offset() + evaluate(view.offset, free)
         return whole.view(output.dtype).as_strided(numbers[0], numbers[1], offset)
 

@@ -1,7 +1,9 @@
-"""Sizes that are known when the program is called: expressions of the graph's free dimensions, as numbers and as MLIR.
+"""Sizes that are known when a program is called: expressions of the graph's free dimensions.
 
-256 * s27        ->   %c256 = arith.constant 256 : index
-                      %i1 = arith.muli %c256, %s27 : index
+    256 * s27        ->   %c256 = arith.constant 256 : index
+                          %i1 = arith.muli %c256, %s27 : index
+
+They are computed as numbers by who calls, and as MLIR by what is called.
 """
 
 from __future__ import annotations

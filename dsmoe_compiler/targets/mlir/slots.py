@@ -1,7 +1,9 @@
-"""Writes in place: rows of a cache at given slots, and whole values over an input. No copy of the rest is made.
+"""Writes in place: rows of a cache at given slots, and whole values over an input.
 
-index_copy_(cache [B, H, C, D], 2, index [S], source [B, H, S, D])      write_slots
-copy_(target, source)                                                  write_over
+    index_copy_(cache [B, H, C, D], 2, index [S], source [B, H, S, D])      write_slots
+    copy_(target, source)                                                   write_over
+
+The rest of the memory is not touched, and so not copied.
 """
 
 from __future__ import annotations
