@@ -5,8 +5,9 @@ Dynamo hands parameters over as inputs, so nothing is copied: each call passes a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,12 +16,16 @@ from dsmoe_compiler.targets.mlir.layout import memory_order, shape_of
 from dsmoe_compiler.targets.mlir.program import compile_program
 from dsmoe_runtime.errors import TargetError
 
+log = logging.getLogger(__name__)
 NAME = "mlir-cpu"
 
 
 def compile_inference(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """A function of the graph's inputs. Raises: TargetError, for a graph that trains, or is not on the CPU."""
     check(graph, example_inputs)
+    if any(value.numel() == 0 for value in example_inputs if isinstance(value, Tensor)):
+        log.info("an input of the graph is empty, and nothing worth compiling is left: torch runs it")
+        return cast(Callable[..., Any], graph.forward)
     program = compile_program(graph, "graph")
     dense = [i for i, place in enumerate(graph.graph.find_nodes(op="placeholder")) if with_gaps(place)]
     if dense:

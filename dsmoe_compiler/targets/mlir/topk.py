@@ -1,6 +1,6 @@
 """aten.topk of rows: the K largest in falling order, the lowest index first among equals, NaN above all.
 
-torch-mlir sorts the whole row for it. Here, K times over a row: the largest key below the last one that was taken. A key
+torch-mlir sorts the whole row for it. Here, K times over a row: the largest key below the last one taken. A key
 holds the value's bits, inverted where they are negative, so that they compare as integers, and below them the index.
 """
 

@@ -20,9 +20,9 @@ from dsmoe_runtime.mlir.levels import Level
 
 PASSES = (
     "canonicalize", "cse", "convert-vector-to-scf", "expand-strided-metadata", "lower-affine", "convert-scf-to-cf",
-    "convert-vector-to-llvm", "finalize-memref-to-llvm", "convert-math-to-llvm", "convert-arith-to-llvm",
-    "convert-index-to-llvm", "convert-func-to-llvm", "convert-cf-to-llvm", "reconcile-unrealized-casts",
-    "canonicalize", "cse",
+    "convert-vector-to-llvm", "finalize-memref-to-llvm", "convert-math-to-llvm", "convert-math-to-libm",
+    "convert-arith-to-llvm", "convert-index-to-llvm", "convert-func-to-llvm", "convert-cf-to-llvm",
+    "reconcile-unrealized-casts", "canonicalize", "cse",
 )  # fmt: skip
 INSTALL = "pip install 'dsmoe-compiler[mlir]'"
 _CAPSULE = b"torch_mlir.ir.Operation._CAPIPtr"
