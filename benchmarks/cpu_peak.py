@@ -31,30 +31,28 @@ def _function(name: str) -> Function:
     kind = f"vector<{lanes}xf32>"
     arguments = [("%x", FLAT), ("%sums", FLAT)]
     shared = [*arguments, ("%counters", COUNTERS)]
-    with code.function("work", ", ".join(f"{argument}: {type_}" for argument, type_ in shared)):
-        with claimed(code, 0, code.div(code.dim("%x", 0, FLAT), BLOCK)) as item:
-            base = code.mul(item, BLOCK)
-            start = code.let(f"vector.load %x[{base}] : {FLAT}, {kind}")
-            factor = code.let(f"vector.load %x[{code.add(base, lanes)}] : {FLAT}, {kind}")
-            turns, step = (TURNS, 1) if name == "products" else (BLOCK // STREAMS, lanes)
-            count = SUMS if name == "products" else STREAMS
-            with code.loop(0, turns, step, [start] * count, kind) as loop:
-                if name == "products":
-                    loop.give([code.let(f"vector.fma {v}, {factor}, {start} : {kind}") for v in loop.carried])
-                else:
-                    read = []
-                    for stream in range(STREAMS):
-                        at = code.add(code.add(base, loop.index), stream * BLOCK // STREAMS)
-                        ahead = code.add(at, BLOCK // 16)
-                        code.line(f"memref.prefetch %x[{ahead}], read, locality<2>, data : {FLAT}")
-                        read.append(code.let(f"vector.load %x[{at}] : {FLAT}, {kind}"))
-                    loop.give(
-                        [code.let(f"arith.addf {v}, {r} : {kind}") for v, r in zip(loop.carried, read, strict=True)]
-                    )
-            total = loop.results[0]
-            for value in loop.results[1:]:
-                total = code.let(f"arith.addf {total}, {value} : {kind}")
-            code.line(f"vector.store {total}, %sums[{code.mul(item, lanes)}] : {FLAT}, {kind}")
+    signature = ", ".join(f"{argument}: {type_}" for argument, type_ in shared)
+    with code.function("work", signature), claimed(code, 0, code.div(code.dim("%x", 0, FLAT), BLOCK)) as item:
+        base = code.mul(item, BLOCK)
+        start = code.let(f"vector.load %x[{base}] : {FLAT}, {kind}")
+        factor = code.let(f"vector.load %x[{code.add(base, lanes)}] : {FLAT}, {kind}")
+        turns, step = (TURNS, 1) if name == "products" else (BLOCK // STREAMS, lanes)
+        count = SUMS if name == "products" else STREAMS
+        with code.loop(0, turns, step, [start] * count, kind) as loop:
+            if name == "products":
+                loop.give([code.let(f"vector.fma {v}, {factor}, {start} : {kind}") for v in loop.carried])
+            else:
+                read = []
+                for stream in range(STREAMS):
+                    at = code.add(code.add(base, loop.index), stream * BLOCK // STREAMS)
+                    ahead = code.add(at, BLOCK // 16)
+                    code.line(f"memref.prefetch %x[{ahead}], read, locality<2>, data : {FLAT}")
+                    read.append(code.let(f"vector.load %x[{at}] : {FLAT}, {kind}"))
+                loop.give([code.let(f"arith.addf {v}, {r} : {kind}") for v, r in zip(loop.carried, read, strict=True)])
+        total = loop.results[0]
+        for value in loop.results[1:]:
+            total = code.let(f"arith.addf {total}, {value} : {kind}")
+        code.line(f"vector.store {total}, %sums[{code.mul(item, lanes)}] : {FLAT}, {kind}")
     team(code, "work", shared)
     with code.public(name, ", ".join(f"{argument}: {type_}" for argument, type_ in arguments)):
         space = Workspace(code)

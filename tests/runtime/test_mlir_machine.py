@@ -65,7 +65,7 @@ def test_every_stage_can_be_read():
     function = experts_function(spec())
     text = stages(callable_module(function), level_named("avx2"))
     assert list(text) == ["source", "llvm", "llvm_ir"]
-    for part in ("sort", "gather_lanes_f32", "gate_up_routed", "down_routed", "combine", "rows_f32_3x4", "lanes_16x3"):
+    for part in ("sort", "gather_lanes_f32", "gate_up_concat", "down_rows", "combine", "rows_f32_3x4", "lanes_16x6"):
         assert f"@{function.name}_{part}(" in text["source"]
         assert f"@{function.name}_{part}(" in text["llvm"]
     assert "vector.fma" in text["source"]

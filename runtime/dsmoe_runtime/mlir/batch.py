@@ -1,8 +1,8 @@
 """All tokens in one plan, times one matrix: what dsmoe's linear is, and the gate and shared experts of a layer in part.
 
-    take      room for the plan and the tokens          before the workspace is allocated
-    gather    tokens into panels, a claimed phase       x -> %{label}_packed
-    products  items of rows x panels, a claimed phase   -> y
+take      room for the plan and the tokens          before the workspace is allocated
+gather    tokens into panels, a claimed phase       x -> %{label}_packed
+products  items of rows x panels, a claimed phase   -> y
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ ANSWERS = "memref<?x?xf32>"
 def down_item(code: Code, product: Product, label: str) -> None:
     """Write `@down_{label}(hit, block, w, bias?, x, pitch, answers, scratch, panels)`; x is the hidden state."""
     lanes, stack = product.lanes, product.stack
+    if f"down_{label}" in code.functions:
+        return
     arguments = (
         f"%hit: index, %block: index, {product.arguments}, %x: {FLAT}, %pitch: index, "
         f"%answers: {ANSWERS}, %scratch: {FLAT}, %mine: index, {PANELS}"

@@ -7,8 +7,8 @@ after
     @experts(x, ids, weights, gate_up, down, .., y)    workspace, @sort the slots by expert: one thread
       @work: on each thread of one region
         @gather                                tokens into the workspace, by expert
-        @gate_up_routed(hit expert, block of rows)    products and activation -> hidden state
-        @down_routed(hit expert, block of rows)       products -> answers
+        @gate_up(hit expert, block of rows)    products and activation -> hidden state
+        @down(hit expert, block of rows)       products -> answers
         @combine(token)                        weighted sum in the order of k
 
 Experts without tokens do not occur. Every size is read from the arguments: one compiled function serves all.

@@ -91,5 +91,18 @@ def narrow_scalar(code: Code, value: str, element: str) -> str:
     """`narrow` of one value."""
     if element == "f32":
         return value
-    vector = code.let(f"vector.broadcast {value} : f32 to vector<4xf32>")
-    return code.let(f"vector.extract {narrow(code, vector, element, 4)}[0] : {element} from vector<4x{element}>")
+    if element == "f16":
+        return code.let(f"arith.truncf {value} : f32 to f16")
+
+    def constant(number: int) -> str:
+        return code.let(f"arith.constant {number} : i32", "k")
+
+    word = code.let(f"arith.bitcast {value} : f32 to i32")
+    last = code.let(f"arith.andi {code.let(f'arith.shrui {word}, {constant(16)} : i32')}, {constant(1)} : i32")
+    bias = code.let(f"arith.addi {last}, {constant(0x7FFF)} : i32")
+    rounded = code.let(f"arith.shrui {code.let(f'arith.addi {word}, {bias} : i32')}, {constant(16)} : i32")
+    is_nan = code.let(f"arith.cmpf uno, {value}, {value} : f32")
+    half = code.let(
+        f"arith.trunci {code.let(f'arith.select {is_nan}, {constant(0x7FC0)}, {rounded} : i32')} : i32 to i16"
+    )
+    return code.let(f"arith.bitcast {half} : i16 to bf16")

@@ -3,7 +3,7 @@
     module {
       EXTERNAL                                    declared once, whatever is pasted
       func.func private @linear_2f_..(...)        helpers, named after the function that they belong to
-      func.func @linear_2f(%x, %w, %y) { ... }    takes its workspace, shares its work among OpenMP's threads, returns nothing
+      func.func @linear_2f(%x, %w, %y) { ... }    takes its workspace, shares its work among OpenMP's threads
       func.func @graph(...) { ... func.call @linear_2f(...) ... }
     }
 

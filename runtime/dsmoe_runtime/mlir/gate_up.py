@@ -47,6 +47,8 @@ def parts_of(layout: str) -> int:
 def gate_up_item(code: Code, product: Product, label: str, layout: str, activation: Activation) -> None:
     """Write `@gate_up_{label}(hit, block, w, bias?, x, pitch, hidden, hidden_pitch, scratch, panels)`."""
     lanes, parts_count = product.lanes, parts_of(layout)
+    if f"gate_up_{label}" in code.functions:
+        return
     each = BLOCK_ROWS // parts_count
     stack, math = product.stack, VectorMath(code, lanes)
     arguments = (

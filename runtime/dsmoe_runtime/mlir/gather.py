@@ -36,12 +36,12 @@ def gather(code: Code, element: str, weights: str, lanes: int) -> None:
                 f"func.call @gather_lanes_{element}(%x, %order, %slot, %panel, %packed, %pitch) : "
                 f"({tokens}, {INDEX}, index, index, {FLAT}, index) -> ()"
             )
-        with code.when(code.compare("ult", "%panel", lanes)):
-            with code.loop("%slot", code.add("%slot", "%panel"), 1) as one:
-                code.line(
-                    f"func.call @gather_row_{element}_{weights}(%x, %order, {one.index}, %packed, %pitch) : "
-                    f"({tokens}, {INDEX}, index, {FLAT}, index) -> ()"
-                )
+        few, end = code.compare("ult", "%panel", lanes), code.add("%slot", "%panel")
+        with code.when(few), code.loop("%slot", end, 1) as one:
+            code.line(
+                f"func.call @gather_row_{element}_{weights}(%x, %order, {one.index}, %packed, %pitch) : "
+                f"({tokens}, {INDEX}, index, {FLAT}, index) -> ()"
+            )
 
 
 def gather_panel(code: Code, element: str, weights: str, x: str, label: str, panel: str, pitch: str) -> None:

@@ -1,9 +1,9 @@
 """The experts of one kind, routed or shared: their part of the workspace, and their phases of a layer's region.
 
-    take       room for plan, tokens, hidden state; the answers take the place of the tokens
-    gather     panels of tokens                                   x -> %{label}_packed
-    gate_up    items (hit expert, block of rows)                  -> %{label}_hidden
-    down       items (hit expert, block of rows)                  -> %{label}_answers
+take       room for plan, tokens, hidden state; the answers take the place of the tokens
+gather     panels of tokens                                   x -> %{label}_packed
+gate_up    items (hit expert, block of rows)                  -> %{label}_hidden
+down       items (hit expert, block of rows)                  -> %{label}_answers
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dsmoe_runtime.mlir import team
 from dsmoe_runtime.mlir.batch import Batch, row_pitch
 from dsmoe_runtime.mlir.code import Code, Value
 from dsmoe_runtime.mlir.down import ANSWERS, down_item
-from dsmoe_runtime.mlir.gate_up import Activation, gate_up_item, parts_of
 from dsmoe_runtime.mlir.function import matrix
+from dsmoe_runtime.mlir.gate_up import Activation, gate_up_item, parts_of
 from dsmoe_runtime.mlir.gather import FLAT, gather
 from dsmoe_runtime.mlir.levels import Level
 from dsmoe_runtime.mlir.products import BLOCK_ROWS, Product, tiles
@@ -50,6 +50,12 @@ class Group:
         bias = self.gate_up_bias if name == "gate_up" else self.down_bias
         return Product(Stack(self.element, self.transposed), self.element if bias else None, self.level)
 
+    def variant(self, name: str) -> str:
+        """What its items are called after: groups whose weights lie alike share them."""
+        if name == "gate_up":
+            return self.layout + ("_bias" if self.gate_up_bias else "")
+        return ("columns" if self.transposed else "rows") + ("_bias" if self.down_bias else "")
+
     @property
     def weights(self) -> list[tuple[str, str]]:
         """Its weights and biases, as work is handed them."""
@@ -75,8 +81,8 @@ class Group:
         for name in ("gate_up", "down"):
             tiles(code, self.product(name))
         gather(code, self.element, self.element, self.level.lanes)
-        gate_up_item(code, self.product("gate_up"), self.label, self.layout, self.activation)
-        down_item(code, self.product("down"), self.label)
+        gate_up_item(code, self.product("gate_up"), self.variant("gate_up"), self.layout, self.activation)
+        down_item(code, self.product("down"), self.variant("down"))
 
     def take(self, code: Code, space: Workspace, slots: str, experts: Value) -> None:
         """Room for so many slots."""
@@ -114,7 +120,7 @@ class Group:
         with team.claimed(code, counter, code.mul(hits, blocks)) as item:
             hit, block = code.div(item, blocks), code.rem(item, blocks)
             code.line(
-                f"func.call @{name}_{label}({hit}, {block}, %{label}_{name}{bias}, {values}, {own}, "
+                f"func.call @{name}_{self.variant(name)}({hit}, {block}, %{label}_{name}{bias}, {values}, {own}, "
                 f"{plan_of(label, _USED)}) : (index, index, {product.kinds}, {kinds}, {FLAT}, index, "
                 f"{', '.join([INDEX] * len(_USED))}) -> ()"
             )

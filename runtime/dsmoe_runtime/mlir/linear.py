@@ -23,7 +23,10 @@ def linear(
     if bias is not None and bias.shape != w.shape[:1]:
         raise InputError(f"bias is {tuple(bias.shape)}; w {tuple(w.shape)} wants {tuple(w.shape[:1])}")
     spec = LinearSpec(
-        type_of(x.dtype), type_of(dtype or x.dtype), None if bias is None else type_of(bias.dtype), level or best_level()
+        type_of(x.dtype),
+        type_of(dtype or x.dtype),
+        None if bias is None else type_of(bias.dtype),
+        level or best_level(),
     )
     y = x.new_empty(x.shape[0], w.shape[0], dtype=dtype or x.dtype)
     linear_kernel(spec)([in_rows(x), in_rows(w), *([] if bias is None else [bias.contiguous()]), y])

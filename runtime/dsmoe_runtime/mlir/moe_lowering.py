@@ -165,9 +165,8 @@ def _work(code: Code, spec: MoeSpec) -> None:
         done = team.claim(code, PHASES.index("routed"))
         with code.when(code.compare("eq", code.add(done, 1), tokens)):
             experts = code.dim("%routed_down", 0, routed.product("down").stack.kind)
-            code.line(
-                f"func.call @sort(%ids, {experts}, %first, {plan_of('routed')}) : ({IDS}, index, {INDEX}, {TYPES}) -> ()"
-            )
+            kinds = f"({IDS}, index, {INDEX}, {TYPES}) -> ()"
+            code.line(f"func.call @sort(%ids, {experts}, %first, {plan_of('routed')}) : {kinds}")
     if shared is not None:
         shared.phase(code, "gate_up", PHASES.index("shared_gate_up"), own)
     team.barrier(code)

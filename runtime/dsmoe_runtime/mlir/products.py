@@ -24,6 +24,7 @@ FLAT = "memref<?xf32>"
 BLOCK_ROWS = 96  # rows of weights of an item, gate and up together
 BLOCK_K = 256
 BLOCK_TOKENS = 128
+COPIED = 8  # vectors of tokens: for more, float32 weights are copied too
 ROWS_AT_ONCE = 12  # rows of weights that all row tiles use before the next ones
 SUMS = BLOCK_ROWS * BLOCK_TOKENS
 SCRATCH = SUMS + BLOCK_ROWS * BLOCK_K  # float32s of a thread: sums, and weights unpacked
@@ -127,7 +128,7 @@ def _for_lanes(
 ) -> str:
     """Some rows of weights as lane tiles read them: in the thread's scratch if that pays, or where they lie.
 
-    Rows that lie a power of two apart share few sets of a cache; two panels pay for a copy that does not.
+    Rows that lie a power of two apart share few sets of a cache; more than four panels pay for a copy that does not.
     """
     stack, lanes = product.stack, product.lanes
     kinds = f"({stack.rows_kind}, index, index, {WIDE}) -> ()"
@@ -140,7 +141,7 @@ def _for_lanes(
     if not stack.in_place:
         return copy()
     chosen = code.name("rows")
-    with code.region(f"{chosen} = scf.if {code.compare('ugt', width, 2 * lanes)} -> ({WIDE})", tail=None):
+    with code.region(f"{chosen} = scf.if {code.compare('ugt', width, COPIED * lanes)} -> ({WIDE})", tail=None):
         code.line(f"scf.yield {copy()} : {WIDE}")
     with code.region("} else"):
         code.line(f"scf.yield {view} : {WIDE}")
@@ -177,8 +178,8 @@ def row_products(
             for tokens in range(1, MOST + 1):
                 with code.when(code.compare("eq", group, tokens)):
                     code.line(
-                        f"func.call @rows_{product.stack.element}_{tokens}({view}, {n.index}, {size}, {x}, {base}, %pitch, {target}, {token}, "
-                        f"{at}, {stop}) : ({kinds}, index) -> ()"
+                        f"func.call @rows_{product.stack.element}_{tokens}({view}, {n.index}, {size}, {x}, {base}, "
+                        f"%pitch, {target}, {token}, {at}, {stop}) : ({kinds}, index) -> ()"
                     )
 
 

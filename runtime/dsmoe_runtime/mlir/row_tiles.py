@@ -1,6 +1,6 @@
 """Register tiles for few tokens: K lies along the lanes, weights stream from memory in the layout that nn.Linear has.
 
-`@rows_{element}_MxN`: out[m, n] += sum_k x[m, k] w[n, k] for M rows of x and N rows of weights. A step takes 2 L values of k:
+`@rows_{element}_MxN`: out[m, n] += sum_k x[m, k] w[n, k] for M rows of x and N of weights. A step takes 2 L of k:
 
     for k = 0 to K step 2L:  w_n = 2 vectors of row n;  x_m = 2 vectors of row m;  acc_mn = fma(w_n, x_m, acc_mn)
     out[m, n] += the lanes of acc_mn

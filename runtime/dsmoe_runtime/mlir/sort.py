@@ -158,7 +158,9 @@ def sort_slots(code: Code, panels: Panels) -> None:
             count = _load(code, "first", expert.index)
             _store(code, _load(code, "total", code.index(2)), "first", expert.index)
             with code.when(code.compare("ne", count, 0)):
-                code.line(f"func.call @{panels.enter}({expert.index}, {count}, {NAMES}) : (index, index, {TYPES}) -> ()")
+                code.line(
+                    f"func.call @{panels.enter}({expert.index}, {count}, {NAMES}) : (index, index, {TYPES}) -> ()"
+                )
         with code.loop(0, tokens, 1) as token, code.loop(0, top_k, 1) as k:
             expert_id = id_of(token.index, k.index)
             slot = code.add(code.mul(token.index, top_k), k.index)

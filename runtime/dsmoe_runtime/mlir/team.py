@@ -112,4 +112,6 @@ def run(code: Code, work: str, arguments: Arguments, threads: str) -> None:
         flags = code.let("llvm.mlir.constant(0 : i32) : i32")
         count = code.let(f"arith.index_cast {threads} : index to i32")
         start = code.let("llvm.mlir.addressof @team : !llvm.ptr")
-        code.line(f"llvm.call @GOMP_parallel({start}, {data}, {count}, {flags}) : (!llvm.ptr, !llvm.ptr, i32, i32) -> ()")
+        code.line(
+            f"llvm.call @GOMP_parallel({start}, {data}, {count}, {flags}) : (!llvm.ptr, !llvm.ptr, i32, i32) -> ()"
+        )

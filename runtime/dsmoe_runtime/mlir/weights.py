@@ -16,7 +16,7 @@ from dsmoe_runtime.mlir.code import Code, Value
 from dsmoe_runtime.mlir.formats import widen, widen_scalar
 from dsmoe_runtime.mlir.row_tiles import MATRIX, WIDE
 
-AHEAD = 4  # rows: so far ahead of the unpacking memory is asked
+AHEAD = 8  # rows: so far ahead of the unpacking memory is asked
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class Stack:
     def rows(self, code: Code, expert: str, first: str, count: str, step: int, k: Value, size: str) -> str:
         """`size` values from k on of the rows first, first + step, ... of one expert."""
         at, steps = f"[{expert}, {first}, {code.index(k)}]", f"[1, {step}, 1]"
-        return code.let(
-            f"memref.subview %w{at} [1, {count}, {size}] {steps} : {self.kind} to {self.rows_kind}", "rows"
-        )
+        return code.let(f"memref.subview %w{at} [1, {count}, {size}] {steps} : {self.kind} to {self.rows_kind}", "rows")
 
 
 def scratch_matrix(code: Code, scratch: str, offset: Value, rows: Value, columns: Value) -> str:

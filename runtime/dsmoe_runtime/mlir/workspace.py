@@ -1,10 +1,10 @@
 """Memory that an operator works in: one block, taken when the function begins and given back before it returns.
 
-    space = Workspace(code)
-    space.take("%order", "index", rows)        sizes are known when it runs
-    space.allocate()                           %order: memref<?xindex>, a view of the block
-    ...
-    space.release()
+space = Workspace(code)
+space.take("%order", "index", rows)        sizes are known when it runs
+space.allocate()                           %order: memref<?xindex>, a view of the block
+...
+space.release()
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Workspace:
         size = self._code.index(self._size)
         self._block = self._code.let(f"memref.alloc({size}) {{alignment = {LINE} : i64}} : memref<?xi8>", "space")
         for name, kind, sizes, offset in self._pieces:
-            self._code.line(f"{name} = memref.view {self._block}[{offset}][{', '.join(sizes)}] : memref<?xi8> to {kind}")
+            self._code.line(
+                f"{name} = memref.view {self._block}[{offset}][{', '.join(sizes)}] : memref<?xi8> to {kind}"
+            )
 
     def release(self) -> None:
         """Give it back."""
