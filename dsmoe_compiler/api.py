@@ -9,11 +9,12 @@ print(runner.generate_text("Once upon a time", max_new_tokens=32))
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,6 +35,9 @@ from dsmoe_model.moe import MoE
 from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
 from dsmoe_runtime.errors import ConfigError, NotFusedError
+
+if TYPE_CHECKING:
+    from dsmoe_compiler.targets.mlir.stages import StageText
 
 __all__ = ["compile", "explain", "export_onnx", "load"]
 log = logging.getLogger(__name__)
@@ -140,6 +144,28 @@ def explain(
     return capture.explanation()
 
 
+def show_stage(
+    model: Model, *, stage: str, phase: str = "decode", layer: int | None = None, dtype: torch.dtype = torch.float32
+) -> StageText:
+    """The program of one phase on its way through torch-mlir to the CPU: "torch", "linalg", "scheduled" or "llvm".
+
+    `layer` shows what that layer calls, and nothing else. Presets and checkpoints are taken on the meta device.
+    """
+    from dsmoe_compiler.targets.mlir.stages import show
+
+    if isinstance(model, str | Path) and str(model) not in PRESETS and is_for_transformers(model):
+        raise ConfigError(f"{model} is a model of transformers: stages are shown of the reference architecture")
+    start = time.perf_counter()
+    transformer = as_meta(model, dtype)
+    capacity = CompileConfig(target="cpu").capacity(transformer.config.max_position_embeddings)
+    for captured in Capture(transformer, batch=1, capacity=capacity).phases((phase,)):
+        seconds = {"capture": time.perf_counter() - start}
+        path = None if layer is None else f"model.layers.{layer}"
+        shown = show(captured.graph, captured.name, stage, layer=path)
+        return replace(shown, seconds=seconds | shown.seconds)
+    raise AssertionError("a capture of one phase gives one")
+
+
 def prove(
     model: Transformer, artifact: Artifact, capture: Capture, config: CompileConfig, progress: Callable[[str], None]
 ) -> Verification:
@@ -199,14 +225,14 @@ def as_loaded(model: Model, config: CompileConfig) -> Loaded | Pretrained:
     return model
 
 
-def as_meta(model: str | Path | Loaded | Transformer) -> Transformer:
+def as_meta(model: Any, dtype: torch.dtype = torch.float32) -> Transformer:
     """The model's structure without its weights."""
     if isinstance(model, Loaded):
         return model.model
     if isinstance(model, Transformer):
         return model
     config = PRESETS[str(model)] if str(model) in PRESETS else open_checkpoint(model).config
-    return build(config, dtype=torch.float32, device="meta", seed=0)
+    return build(config, dtype=dtype, device="meta", seed=0)
 
 
 def _phases(capture: Capture, config: CompileConfig) -> Iterator[Phase]:
