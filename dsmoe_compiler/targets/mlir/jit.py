@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +25,7 @@ def compile_inference(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> C
     check(graph, example_inputs)
     if any(value.numel() == 0 for value in example_inputs if isinstance(value, Tensor)):
         log.info("an input of the graph is empty, and nothing worth compiling is left: torch runs it")
-        return cast(Callable[..., Any], graph.forward)
+        return graph.forward
     program = compile_program(graph, "graph")
     dense = [i for i, place in enumerate(graph.graph.find_nodes(op="placeholder")) if with_gaps(place)]
     if dense:

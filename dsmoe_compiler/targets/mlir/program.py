@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, fx
 
 from dsmoe_compiler.targets.mlir import lowering
+from dsmoe_compiler.targets.mlir.interface import Interface, Result, formula, formulas
 from dsmoe_compiler.targets.mlir.lowering import Glued, lower_glue
-from dsmoe_compiler.targets.mlir.schedule import Output, Schedule, schedule
-from dsmoe_compiler.targets.mlir.sizes import evaluate
+from dsmoe_compiler.targets.mlir.schedule import Schedule, schedule
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir import cache, function
 from dsmoe_runtime.mlir.compile import compile_object, compiler_version
@@ -84,67 +84,57 @@ def program_module(plan: Schedule, glued: dict[str, Glued]) -> str:
 
 
 class Program:
-    """A loaded object with its weights: flat inputs to flat outputs, as the graph has them; sizes may differ."""
+    """Loaded objects with their weights: flat inputs to flat outputs, as the graph has them; sizes may differ."""
 
-    def __init__(self, compiled: Compiled, weights: dict[str, Tensor]) -> None:
-        missing = compiled.level.flags - cpu_flags()
-        if missing:
-            level = compiled.level.name
-            raise TargetError(f"level {level} needs {', '.join(sorted(missing))}, which this processor lacks")
-        plan = self.plan = compiled.schedule
-        self.compiled = compiled
+    def __init__(self, interface: Interface, images: dict[str, bytes], weights: dict[str, Tensor]) -> None:
+        self.interface = interface
         known: dict[str, int] = {}
         self._objects = []  # they hold the code
-        for name, image in compiled.images.items():
+        for name, image in images.items():
             self._objects.append(LoadedObject(image, known))
             known[name] = self._objects[-1].address(name)
-        entry, space = known[plan.name], self._objects[-1].address(f"{plan.name}_workspace")
+        entry, space = known[interface.entry], self._objects[-1].address(f"{interface.entry}_workspace")
         self._entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(entry)
         self._space = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(space)
-        self.weights = {name: weights[name] for kind, name, _ in plan.arguments if kind == "weight"}
-        self._places = [(number, name) for number, (kind, name, _) in enumerate(plan.arguments) if kind == "input"]
-        self._made = [(n, buffer) for n, (kind, _, buffer) in enumerate(plan.arguments) if kind == "output"]
-        self._fixed = [self.weights[name].data_ptr() if kind == "weight" else 0 for kind, name, _ in plan.arguments]
-        self._number = {name: number for number, name in enumerate(plan.inputs)}
+        arguments = list(enumerate(interface.arguments))
+        self.weights = {a.name: weights[a.name] for _, a in arguments if a.kind == "weight"}
+        numbers = {name: number for number, name in enumerate(interface.inputs)}
+        self._inputs = [(number, numbers[a.name]) for number, a in arguments if a.kind == "input"]
+        self._made = [(n, formulas(a.shape), getattr(torch, a.dtype)) for n, a in arguments if a.kind == "output"]
+        self._fixed = [self.weights[a.name].data_ptr() if a.kind == "weight" else 0 for _, a in arguments]
+        self._results = [None if result is None else self._reader(result) for result in interface.results]
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
-        plan = self.plan
         free = {
-            symbol: int(inputs[number]) if dim is None else inputs[number].shape[dim]
-            for symbol, (number, dim) in plan.sources.items()
+            one.name: int(inputs[one.input]) if one.dim is None else inputs[one.input].shape[one.dim]
+            for one in self.interface.free
         }
         addresses = (ctypes.c_void_p * (len(self._fixed) + 1))(*self._fixed, 0)
         tensors: dict[int, Tensor] = {}
-        for number, name in self._places:
-            tensors[number] = tensor = inputs[self._number[name]]
+        for number, given in self._inputs:
+            tensors[number] = tensor = inputs[given]
             addresses[number] = tensor.data_ptr()
-        for number, buffer in self._made:
-            shape = [evaluate(size, free) for size in buffer.sizes]
-            tensors[number] = made = torch.empty(shape, dtype=TORCH[buffer.element])
+        for number, shape, dtype in self._made:
+            tensors[number] = made = torch.empty(shape(free), dtype=dtype)
             addresses[number] = made.data_ptr()
         sizes = (ctypes.c_int64 * max(len(free), 1))(*free.values())
         workspace = _workspace(self._space(sizes))
         addresses[len(self._fixed)] = workspace.data_ptr()
         self._entry(addresses, sizes)
-        return [self._result(output, tensors, inputs, free) for output in plan.outputs]
+        return [None if read is None else read(tensors, free) for read in self._results]
 
-    def _result(self, output: Output | int | None, tensors: dict[int, Tensor], inputs: Sequence[Any],
-                free: dict[str, int]) -> Any:  # fmt: skip
-        if not isinstance(output, Output):
-            return None if output is None else inputs[output]
-        view = output.view
-        numbers = [[evaluate(size, free) for size in sizes] for sizes in (view.sizes, view.strides)]
-        kind, name, _ = self.plan.arguments[output.argument]
-        whole = self.weights[name] if kind == "weight" else tensors[output.argument]
-        offset = whole.storage_offset() + evaluate(view.offset, free)
-        return whole.view(output.dtype).as_strided(numbers[0], numbers[1], offset)
+    def _reader(self, result: Result) -> Callable[[dict[int, Tensor], dict[str, int]], Tensor]:
+        """A function that takes the result out of the arguments."""
+        shape, strides, offset = formulas(result.shape), formulas(result.strides), formula(result.offset)
+        argument, dtype = self.interface.arguments[result.argument], getattr(torch, result.dtype)
 
+        def read(tensors: dict[int, Tensor], free: dict[str, int]) -> Tensor:
+            whole = self.weights[argument.name] if argument.kind == "weight" else tensors[result.argument]
+            whole = whole if whole.dtype == dtype else whole.view(dtype)
+            return whole.as_strided(shape(free), strides(free), whole.storage_offset() + offset(free))
 
-TORCH = {
-    "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64, "i64": torch.int64,
-    "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "i1": torch.bool,
-}  # fmt: skip
+        return read
 
 
 def _workspace(size: int) -> Tensor:
@@ -155,11 +145,7 @@ def _workspace(size: int) -> Tensor:
     return block
 
 
-class _Own(threading.local):
-    block: Tensor | None = None
-
-
-_own = _Own()
+_own = threading.local()
 
 
 def weights_of(graph: fx.GraphModule) -> dict[str, Tensor]:
@@ -170,5 +156,9 @@ def weights_of(graph: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def compile_program(graph: fx.GraphModule, name: str, *, level: Level | None = None) -> Program:
-    """A graph, ready to be called."""
-    return Program(compile_graph(graph, name, level=level), weights_of(graph))
+    """A graph, ready to be called. Raises: TargetError, for a level that this processor has not."""
+    compiled = compile_graph(graph, name, level=level)
+    missing = compiled.level.flags - cpu_flags()
+    if missing:
+        raise TargetError(f"level {compiled.level.name} needs {', '.join(sorted(missing))}, which this processor lacks")
+    return Program(compiled.schedule.interface(), compiled.images, weights_of(graph))

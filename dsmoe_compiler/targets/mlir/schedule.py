@@ -22,10 +22,21 @@ from torch import Tensor, fx
 from dsmoe_compiler.targets.mlir.arena import LINE, Arena
 from dsmoe_compiler.targets.mlir.division import Call, Glue, Step, divide, is_part
 from dsmoe_compiler.targets.mlir.glue import GlueGraph, glue_graph
-from dsmoe_compiler.targets.mlir.layout import IN_PLACE, Buffer, View, buffer_of, is_size, root_of, tensor_of, view_of
+from dsmoe_compiler.targets.mlir.interface import Argument, Free, Interface, Result
+from dsmoe_compiler.targets.mlir.layout import (
+    ELEMENTS,
+    IN_PLACE,
+    Buffer,
+    View,
+    buffer_of,
+    is_size,
+    root_of,
+    tensor_of,
+    view_of,
+)
 from dsmoe_compiler.targets.mlir.operators import Operation, operation
 from dsmoe_compiler.targets.mlir.prepare import prepared
-from dsmoe_compiler.targets.mlir.sizes import SizeCode, size_of
+from dsmoe_compiler.targets.mlir.sizes import Size, SizeCode, size_of
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.function import Function
@@ -60,6 +71,13 @@ class Output:
     view: View
     dtype: torch.dtype
 
+    def result(self) -> Result:
+        """The same as plain data."""
+        view, (offset,) = self.view, numbers((self.view.offset,))
+        return Result(
+            self.argument, str(self.dtype).removeprefix("torch."), offset, numbers(view.sizes), numbers(view.strides)
+        )
+
 
 @dataclass
 class Schedule:
@@ -67,7 +85,7 @@ class Schedule:
 
     name: str
     arguments: list[tuple[str, str, Buffer]]  # kind, name, what
-    outputs: list[Output | int | None]  # a number: that input, which is no tensor
+    outputs: list[Output | None]
     sources: dict[str, tuple[int, int | None]]  # free dimension -> input, dimension (None: the input itself)
     inputs: list[str]  # the graph's placeholders
     text: str = ""
@@ -76,10 +94,18 @@ class Schedule:
     layers: dict[str, set[str]] = field(default_factory=dict)  # layer -> names of what it calls
     seconds: float = 0.0
 
-    @property
-    def free(self) -> list[str]:
-        """The free dimensions, in the order in which `sizes` has them."""
-        return list(self.sources)
+    def interface(self) -> Interface:
+        """What must be known to call the program."""
+        return Interface(
+            self.name,
+            tuple(self.inputs),
+            tuple(Free(symbol, number, dim) for symbol, (number, dim) in self.sources.items()),
+            tuple(
+                Argument(kind, name, dtype_of(buffer.element), numbers(buffer.sizes))
+                for kind, name, buffer in self.arguments
+            ),
+            tuple(None if one is None else one.result() for one in self.outputs),
+        )
 
     @property
     def key(self) -> str:
@@ -323,6 +349,16 @@ class _Scheduler:
         with self.code.region(f"llvm.func @{self.result.name}_workspace(%sizes: !llvm.ptr) -> i64"):
             end = self.offsets(SizeCode(self.code, self.free()))[-1]
             self.code.line(f"llvm.return {self.code.let(f'arith.index_cast {end} : index to i64')} : i64")
+
+
+def numbers(sizes: tuple[Size, ...]) -> tuple[int | str, ...]:
+    """Sizes as plain data."""
+    return tuple(size if isinstance(size, int) else str(size) for size in sizes)
+
+
+def dtype_of(element: str) -> str:
+    """torch's name of an element's type."""
+    return next(str(dtype).removeprefix("torch.") for dtype, name in ELEMENTS.items() if name == element)
 
 
 def kind_of(buffer: Buffer) -> str:

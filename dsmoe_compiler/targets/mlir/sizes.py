@@ -41,18 +41,6 @@ def same(a: Size, b: Size) -> bool:
     return bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
 
 
-def symbols_of(size: Size) -> set[str]:
-    """The names of the free dimensions that a size depends on."""
-    return set() if isinstance(size, int) else {str(symbol) for symbol in size.free_symbols}
-
-
-def evaluate(size: Size, free: dict[str, int]) -> int:
-    """The number that a size is, given the free dimensions."""
-    if isinstance(size, int):
-        return size
-    return int(size.subs({symbol: free[str(symbol)] for symbol in size.free_symbols}))
-
-
 class SizeCode:
     """Writes expressions as index arithmetic, each once."""
 
