@@ -34,7 +34,8 @@ from dsmoe_model.checkpoint import open_checkpoint
 from dsmoe_model.moe import MoE
 from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
-from dsmoe_runtime.errors import ConfigError, NotFusedError
+from dsmoe_runtime.errors import ConfigError, NotFusedError, TargetError
+from dsmoe_runtime.mlir.levels import level_named
 
 if TYPE_CHECKING:
     from dsmoe_compiler.targets.mlir.stages import StageText
@@ -63,6 +64,11 @@ def compile(
         from dsmoe_compiler.targets.onnx.compiling import compile_onnx
 
         return compile_onnx(loaded, config, progress)
+    if isinstance(loaded, Pretrained) and config.formats == ("mlir",):
+        raise TargetError(
+            f"{loaded.source} is a model of transformers; format mlir packages models of the reference architecture. "
+            'Run it by torch.compile(model, backend="dsmoe", options={"target": "mlir-cpu"}), or use format aoti'
+        )
     if isinstance(loaded, Pretrained):
         from dsmoe_compiler.huggingface.compiling import compile_pretrained
 
@@ -75,7 +81,7 @@ def compile(
         capture = Capture(
             transformer, batch=config.batch_size, capacity=capacity, debug=config.debug, progress=progress
         )
-        phases = aoti.package(_phases(capture, config), stage.path, target=config.target, progress=progress)
+        phases, facts, processor = _package(capture, config, stage.path, progress)
         artifact = artifacts.assemble(
             stage,
             phases,
@@ -86,7 +92,8 @@ def compile(
             batch_size=config.batch_size,
             capacity=capacity,
             source=loaded.source,
-            facts=artifacts.facts_of(config, capture.explanation()),
+            facts=facts | artifacts.facts_of(config, capture.explanation()),
+            processor=processor,
         )
         if config.verify:
             result = prove(transformer, artifact, capture, config, progress)
@@ -233,6 +240,19 @@ def as_meta(model: Any, dtype: torch.dtype = torch.float32) -> Transformer:
         return model
     config = PRESETS[str(model)] if str(model) in PRESETS else open_checkpoint(model).config
     return build(config, dtype=dtype, device="meta", seed=0)
+
+
+def _package(
+    capture: Capture, config: CompileConfig, folder: Path, progress: Callable[[str], None]
+) -> tuple[dict[str, aoti.PhaseReport], dict[str, Any], dict[str, Any] | None]:
+    """Compile the phases in the format that was asked for: reports of packages, facts, and what running them takes."""
+    assert config.target is not None
+    if config.formats != ("mlir",):
+        return aoti.package(_phases(capture, config), folder, target=config.target, progress=progress), {}, None
+    from dsmoe_compiler.targets.mlir import packaging
+
+    facts = packaging.package(_phases(capture, config), folder, progress=progress)
+    return {}, {"mlir": facts}, packaging.requirement(level_named(facts["level"]))
 
 
 def _phases(capture: Capture, config: CompileConfig) -> Iterator[Phase]:

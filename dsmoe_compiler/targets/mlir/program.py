@@ -24,7 +24,8 @@ from torch import Tensor, fx
 from dsmoe_compiler.targets.mlir import lowering
 from dsmoe_compiler.targets.mlir.interface import Interface, Result, formula, formulas
 from dsmoe_compiler.targets.mlir.lowering import Glued, lower_glue
-from dsmoe_compiler.targets.mlir.schedule import Schedule, schedule
+from dsmoe_compiler.targets.mlir.plan import Schedule
+from dsmoe_compiler.targets.mlir.schedule import schedule
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir import cache, function
 from dsmoe_runtime.mlir.compile import compile_object, compiler_version

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -21,10 +20,8 @@ from torch import Tensor, fx
 
 from dsmoe_compiler.targets.mlir.arena import LINE, Arena
 from dsmoe_compiler.targets.mlir.division import Call, Glue, Step, divide, is_part
-from dsmoe_compiler.targets.mlir.glue import GlueGraph, glue_graph
-from dsmoe_compiler.targets.mlir.interface import Argument, Free, Interface, Result
+from dsmoe_compiler.targets.mlir.glue import glue_graph
 from dsmoe_compiler.targets.mlir.layout import (
-    ELEMENTS,
     IN_PLACE,
     Buffer,
     View,
@@ -35,11 +32,11 @@ from dsmoe_compiler.targets.mlir.layout import (
     view_of,
 )
 from dsmoe_compiler.targets.mlir.operators import Operation, operation
+from dsmoe_compiler.targets.mlir.plan import Output, Schedule
 from dsmoe_compiler.targets.mlir.prepare import prepared
-from dsmoe_compiler.targets.mlir.sizes import Size, SizeCode, size_of
+from dsmoe_compiler.targets.mlir.sizes import SizeCode, size_of
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir.code import Code
-from dsmoe_runtime.mlir.function import Function
 from dsmoe_runtime.mlir.levels import Level
 
 BASE = "memref<?xi8>"
@@ -61,56 +58,6 @@ MEMORY = f"""\
     %whole = builtin.unrealized_conversion_cast %e : {STRUCT} to {BASE}
     return %whole : {BASE}
   }}"""
-
-
-@dataclass(frozen=True)
-class Output:
-    """A result: a view of an argument, by its number."""
-
-    argument: int
-    view: View
-    dtype: torch.dtype
-
-    def result(self) -> Result:
-        """The same as plain data."""
-        view, (offset,) = self.view, numbers((self.view.offset,))
-        return Result(
-            self.argument, str(self.dtype).removeprefix("torch."), offset, numbers(view.sizes), numbers(view.strides)
-        )
-
-
-@dataclass
-class Schedule:
-    """A graph ready to be compiled. `arguments`: inputs and weights in the graph's order, then memory for results."""
-
-    name: str
-    arguments: list[tuple[str, str, Buffer]]  # kind, name, what
-    outputs: list[Output | None]
-    sources: dict[str, tuple[int, int | None]]  # free dimension -> input, dimension (None: the input itself)
-    inputs: list[str]  # the graph's placeholders
-    text: str = ""
-    functions: dict[str, Function] = field(default_factory=dict)
-    glues: dict[str, GlueGraph] = field(default_factory=dict)  # by name
-    layers: dict[str, set[str]] = field(default_factory=dict)  # layer -> names of what it calls
-    seconds: float = 0.0
-
-    def interface(self) -> Interface:
-        """What must be known to call the program."""
-        return Interface(
-            self.name,
-            tuple(self.inputs),
-            tuple(Free(symbol, number, dim) for symbol, (number, dim) in self.sources.items()),
-            tuple(
-                Argument(kind, name, dtype_of(buffer.element), numbers(buffer.sizes))
-                for kind, name, buffer in self.arguments
-            ),
-            tuple(None if one is None else one.result() for one in self.outputs),
-        )
-
-    @property
-    def key(self) -> str:
-        """All that the code of the program and its glue depends on, but for the compiler."""
-        return "\n".join([self.text, *(f"{name}\n{glue.key}" for name, glue in self.glues.items())])
 
 
 def schedule(graph: fx.GraphModule, name: str, level: Level) -> Schedule:
@@ -349,16 +296,6 @@ class _Scheduler:
         with self.code.region(f"llvm.func @{self.result.name}_workspace(%sizes: !llvm.ptr) -> i64"):
             end = self.offsets(SizeCode(self.code, self.free()))[-1]
             self.code.line(f"llvm.return {self.code.let(f'arith.index_cast {end} : index to i64')} : i64")
-
-
-def numbers(sizes: tuple[Size, ...]) -> tuple[int | str, ...]:
-    """Sizes as plain data."""
-    return tuple(size if isinstance(size, int) else str(size) for size in sizes)
-
-
-def dtype_of(element: str) -> str:
-    """torch's name of an element's type."""
-    return next(str(dtype).removeprefix("torch.") for dtype, name in ELEMENTS.items() if name == element)
 
 
 def kind_of(buffer: Buffer) -> str:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from dsmoe_compiler.targets.mlir.lowering import Glued
+from dsmoe_compiler.targets.mlir.plan import Schedule
 from dsmoe_compiler.targets.mlir.program import lower_all
-from dsmoe_compiler.targets.mlir.schedule import Schedule, schedule
+from dsmoe_compiler.targets.mlir.schedule import schedule
 from dsmoe_runtime.errors import ConfigError
 from dsmoe_runtime.mlir import function
 from dsmoe_runtime.mlir.compile import lower_to_llvm
