@@ -13,7 +13,7 @@ from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.formats import narrow, narrow_scalar, widen, widen_scalar
 from dsmoe_runtime.mlir.function import matrix
 from dsmoe_runtime.mlir.gather import FLAT
-from dsmoe_runtime.mlir.row_tiles import MOST, place_in_step, row_range, store_step, types
+from dsmoe_runtime.mlir.row_tiles import MOST, row_range, store_in_step, store_step, types
 from dsmoe_runtime.mlir.vector_math import VectorMath
 from dsmoe_runtime.mlir.weights import scratch_matrix
 
@@ -93,8 +93,8 @@ def _pack(code: Code, spec: AttentionSpec, sizes: Sizes, number: str, to: str) -
         store_step(code, element, lanes, (zero, zero), "%scratch", at)
         with code.loop(whole, sizes.depth, 1) as rest:
             value = widen_scalar(code, code.load("%q", f"%batch, {head}, {place}, {rest.index}", kind), element)
-            where = code.add(at, place_in_step(code, code.sub(rest.index, whole), element, lanes))
-            code.line(f"memref.store {code.let(f'arith.mulf {value}, {one} : f32')}, %scratch[{where}] : {FLAT}")
+            value = code.let(f"arith.mulf {value}, {one} : f32")
+            store_in_step(code, element, lanes, value, "%scratch", at, code.sub(rest.index, whole))
 
 
 def _softmax(code: Code, math: VectorMath, row: str, end: str, room: str, share_at: str) -> None:

@@ -28,11 +28,12 @@ class Batch:
     element: str
     weights: str
     lanes: int
+    dot: bool
     transposed: bool = False
 
     @property
     def panels(self) -> Panels:
-        return panels_for(self.weights, self.transposed, self.lanes)
+        return panels_for(self.weights, self.transposed, self.lanes, self.dot)
 
     @property
     def arguments(self) -> list[tuple[str, str]]:

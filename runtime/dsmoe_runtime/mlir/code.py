@@ -35,9 +35,13 @@ class Loop:
 
 
 class Code:
-    """MLIR text under construction; private functions are called `prefix`_name once the text is taken."""
+    """MLIR text under construction; private functions are called `prefix`_name once the text is taken.
 
-    def __init__(self, prefix: str = "") -> None:
+    `dot`: bfloat16 is multiplied in pairs (vdpbf16ps), where a tile can have it so.
+    """
+
+    def __init__(self, prefix: str = "", *, dot: bool = False) -> None:
+        self.dot = dot
         self.lines: list[str] = []
         self.functions: set[str] = set()
         self._prefix = prefix

@@ -20,7 +20,8 @@ from dsmoe_runtime.mlir.levels import Level
 
 PASSES = (
     "canonicalize", "cse", "convert-vector-to-scf", "expand-strided-metadata", "lower-affine", "convert-scf-to-cf",
-    "convert-vector-to-llvm", "finalize-memref-to-llvm", "convert-math-to-llvm", "convert-math-to-libm",
+    "convert-vector-to-llvm{enable-x86=true}", "finalize-memref-to-llvm", "convert-math-to-llvm",
+    "convert-math-to-libm",
     "convert-arith-to-llvm", "convert-index-to-llvm", "convert-func-to-llvm", "convert-cf-to-llvm",
     "reconcile-unrealized-casts", "canonicalize", "cse",
 )  # fmt: skip

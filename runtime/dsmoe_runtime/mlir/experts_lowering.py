@@ -69,7 +69,7 @@ class ExpertsSpec:
 def experts_function(spec: ExpertsSpec) -> Function:
     """`@experts(x [T, H], ids [T, K], weights [T, K], gate_up, down, gate_up_bias?, down_bias?, y [T, H])`."""
     name = symbol("experts", spec)
-    code, group = Code(name), spec.group()
+    code, group = Code(name, dot=spec.level.dot), spec.group()
     group.helpers(code)
     sort_slots(code, group.batch.panels)
     combine(code, spec.element, spec.level.lanes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.formats import widen, widen_scalar
 from dsmoe_runtime.mlir.function import matrix
-from dsmoe_runtime.mlir.row_tiles import place_in_step, store_step
+from dsmoe_runtime.mlir.row_tiles import store_in_step, store_step
 from dsmoe_runtime.mlir.sort import INDEX
 from dsmoe_runtime.mlir.transpose import EIGHT, SIDE, transpose
 
@@ -104,5 +104,4 @@ def _row(code: Code, element: str, weights: str, lanes: int) -> None:
             store_step(code, weights, lanes, (zero, zero), "%packed", at)
             with code.loop(whole, size, 1) as one:
                 value = widen_scalar(code, code.let(f"memref.load %x[{token}, {one.index}] : {tokens}"), element)
-                place = place_in_step(code, code.sub(one.index, whole), weights, lanes)
-                code.line(f"memref.store {value}, %packed[{code.add(at, place)}] : {FLAT}")
+                store_in_step(code, weights, lanes, value, "%packed", at, code.sub(one.index, whole))

@@ -44,7 +44,7 @@ class Group:
 
     @property
     def batch(self) -> Batch:
-        return Batch(self.label, self.element, self.element, self.level.lanes, self.transposed)
+        return Batch(self.label, self.element, self.element, self.level.lanes, self.level.dot, self.transposed)
 
     def product(self, name: str) -> Product:
         bias = self.gate_up_bias if name == "gate_up" else self.down_bias

@@ -7,7 +7,7 @@
 Weights stay in nn.Linear's layout, as a broadcast does not care where its number lies.
 A panel of x is [K][P], and what comes out, [N][P], is again a panel: the hidden state of an expert goes into the second
 product as it is, and nothing is summed across lanes. `@lanes_P` walks over any number of rows. The caller blocks k, so
-that a panel's part (16 KiB) stays in the first-level cache while rows of weights go past.
+that a panel's part (12 KiB) stays in the first-level cache while rows of weights go past.
 """
 
 from __future__ import annotations

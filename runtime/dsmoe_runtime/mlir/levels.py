@@ -18,6 +18,7 @@ class Level:
     tile_rows: int  # rows of weights in a register tile of two vectors of tokens
     cpu: str  # LLVM's name
     features: str  # LLVM's features beyond those of `cpu`
+    dot: bool  # vdpbf16ps: products of bfloat16 in pairs, summed in float32
     flags: frozenset[str] = field(repr=False)  # what /proc/cpuinfo must list; a set has no order to be named by
 
 
@@ -27,9 +28,12 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS = {
     level.name: level
     for level in (
-        Level("avx2", 8, 6, "x86-64-v3", "", _AVX2),
+        Level("avx2", 8, 6, "x86-64-v3", "", False, _AVX2),
         # x86-64-v4 alone is tuned for 256-bit registers, as the first processors that had AVX512 were.
-        Level("avx512", 16, 12, "x86-64-v4", "+avx512f,-prefer-256-bit", _AVX512),
+        Level("avx512", 16, 12, "x86-64-v4", "+avx512f,-prefer-256-bit", False, _AVX512),
+        Level(
+            "avx512_bf16", 16, 12, "x86-64-v4", "+avx512f,+avx512bf16,-prefer-256-bit", True, _AVX512 | {"avx512_bf16"}
+        ),
     )
 }
 
@@ -49,9 +53,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def best_level(flags: frozenset[str] | None = None) -> Level:
-    """The highest level whose every flag is there; a machine below AVX2 is refused by name."""
+    """The highest level whose every flag is there; a machine below AVX2 is refused by name.
+
+    Products in pairs round the hidden state of an expert to bfloat16: whoever wants them names their level.
+    """
     flags = cpu_flags() if flags is None else flags
-    fitting = [level for level in LEVELS.values() if level.flags <= flags]
+    fitting = [level for level in LEVELS.values() if level.flags <= flags and not level.dot]
     if not fitting:
         missing = ", ".join(sorted(_AVX2 - flags))
         raise TargetError(f"the mlir-cpu kernels need x86-64 with AVX2 and FMA; this processor lacks {missing}")

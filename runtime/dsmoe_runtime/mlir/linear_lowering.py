@@ -42,13 +42,13 @@ class LinearSpec:
 
     @property
     def batch(self) -> Batch:
-        return Batch("all", self.element, self.element, self.level.lanes)
+        return Batch("all", self.element, self.element, self.level.lanes, self.level.dot)
 
 
 def linear_function(spec: LinearSpec) -> Function:
     """`@linear(x [M, K], w [N, K], bias [N]?, y [M, N])`."""
     name = symbol("linear", spec)
-    code, batch, product = Code(name), spec.batch, spec.product
+    code, batch, product = Code(name, dot=spec.level.dot), spec.batch, spec.product
     tiles(code, product)
     batch.helpers(code)
     linear_item(code, product, "item", spec.output)

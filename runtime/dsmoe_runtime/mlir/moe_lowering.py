@@ -62,9 +62,10 @@ class MoeSpec:
     @property
     def gate_batch(self) -> Batch:
         """That of the shared experts where it will do."""
+        level = self.experts.level
         if self.shared and self.router == self.experts.element:
-            return Batch("shared", self.router, self.router, self.experts.level.lanes)
-        return Batch("gate", self.experts.element, self.router, self.experts.level.lanes)
+            return Batch("shared", self.router, self.router, level.lanes, level.dot)
+        return Batch("gate", self.experts.element, self.router, level.lanes, level.dot)
 
     @property
     def router_product(self) -> Product:
@@ -110,7 +111,7 @@ class MoeSpec:
 def moe_function(spec: MoeSpec) -> Function:
     """`@moe(the tensors of ops/moe.py that there are, y [T, H], experts [T, K])`."""
     name = symbol("moe", spec)
-    code = Code(name)
+    code = Code(name, dot=spec.experts.level.dot)
     _helpers(code, spec)
     handed = spec.handed()
     with code.function("work", ", ".join(f"{n}: {kind}" for n, kind in handed)):

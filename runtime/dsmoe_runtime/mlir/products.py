@@ -1,7 +1,7 @@
 """What both products of an expert share: a block of weight rows, times all tokens of the expert.
 
-Tokens in panels go through lane tiles, in blocks of 256 values of k (a panel's part, 16 KiB, stays in the first-level
-cache; the rows' part, 96 KiB, in the second) and at most 128 tokens at a time. The rest goes through row tiles, twelve
+Tokens in panels go through lane tiles, in blocks of 192 values of k (a panel's part, 12 KiB, stays in the first-level
+cache; the rows' part, 72 KiB, in the second) and at most 128 tokens at a time. The rest goes through row tiles, twelve
 rows of weights at a time, each against all of those tokens before the next twelve are touched.
 """
 
@@ -22,7 +22,7 @@ from dsmoe_runtime.mlir.weights import Stack, scratch_matrix, unpack
 
 FLAT = "memref<?xf32>"
 BLOCK_ROWS = 96  # rows of weights of an item, gate and up together
-BLOCK_K = 256
+BLOCK_K = 192  # as many are summed in one register; more cost accuracy, fewer short reads
 BLOCK_TOKENS = 128
 COPIED = 8  # vectors of tokens: for more, float32 weights are copied too
 ROWS_AT_ONCE = 12  # rows of weights that all row tiles use before the next ones

@@ -40,6 +40,7 @@ class Panels:
     lanes: int
     from_half: int  # so many fill a panel of L
     from_whole: int  # and so many one of 2 L
+    whole_from: int = 0  # below so many, there are no whole panels either
 
     @property
     def enter(self) -> str:
@@ -53,6 +54,8 @@ class Panels:
     def split(self, code: Code, count: str) -> tuple[str, str]:
         """Of an expert with `count` tokens: rows in lane tiles (padding included), and rows in all."""
         whole = code.down_to_multiple(count, 2 * self.lanes)
+        if self.whole_from:
+            whole = code.select(code.compare("ult", count, self.whole_from), 0, whole)
         rest = code.sub(count, whole)
         half = code.compare("uge", rest, self.from_half)
         filled = code.select(half, code.add(whole, self.lanes), whole)
@@ -61,10 +64,18 @@ class Panels:
         return in_lanes, code.most(in_lanes, count)
 
 
-def panels_for(element: str, transposed: bool, lanes: int) -> Panels:
-    """Measured on AVX2; row tiles are at their best with bfloat16, and there are none for transposed weights."""
+NEVER = 1 << 62  # so many tokens no expert has
+
+
+def panels_for(element: str, transposed: bool, lanes: int, dot: bool) -> Panels:
+    """Measured on AVX2; row tiles are at their best with bfloat16, and there are none for transposed weights.
+
+    Products in pairs are twice as many for an instruction, and only row tiles have them.
+    """
     if transposed:
         return Panels(lanes, 1, lanes + 1)
+    if split_pairs(element) and dot:
+        return Panels(lanes, NEVER, NEVER, NEVER)
     if split_pairs(element):
         return Panels(lanes, 2 * lanes, 3 * lanes // 2)
     return Panels(lanes, lanes - lanes // 8, lanes + lanes // 4)

@@ -1,7 +1,7 @@
 """Blocks of an expert's weight rows as the tiles want them: seen in place where they can be, unpacked where not.
 
-    float32 [E, N, K]                seen in place: memref.subview %w[e, row, k] [1, rows, 256] [1, step, 1]
-    bfloat16, float16 [E, N, K]      unpacked to float32, [rows, 256] at a time, into the thread's own scratch memory
+    float32 [E, N, K]                seen in place, or copied as below for more than 64 tokens, which pay for it
+    bfloat16, float16 [E, N, K]      unpacked to float32, [rows, 192] at a time, into the thread's own scratch memory
     [E, K, N] (transposed layouts)   the same, the other way round
 
 A block that was unpacked serves all tokens of the expert, so that with many of them it costs next to nothing. Row tiles
