@@ -11,6 +11,7 @@ Functions read views where they lie. What none of them takes is glue.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class Operation:
     made: tuple[fx.Node, ...] = ()
 
 
+@functools.cache
+def function_of(make: Callable[[Any], Function], spec: Any) -> Function:
+    """The function of a spec; its text is written once."""
+    return make(spec)
+
+
 def operation(node: fx.Node, where: Where, level: Level) -> Operation | None:
     """What computes a node, if one function does."""
     make = MAKERS.get(node.target)
@@ -66,7 +73,7 @@ def _linear(node: fx.Node, where: Where, level: Level) -> Operation | None:
     if views[0].element not in FLOATS or views[1].element != views[0].element or len(views[1].sizes) != 2:
         return None
     spec = LinearSpec(views[0].element, y.element, views[2].element if bias is not None else None, level)
-    return Operation(linear_function(spec), (rows, *views[1:], y), (node,))
+    return Operation(function_of(linear_function, spec), (rows, *views[1:], y), (node,))
 
 
 def _moe(node: fx.Node, where: Where, level: Level) -> Operation:
@@ -88,7 +95,7 @@ def _moe(node: fx.Node, where: Where, level: Level) -> Operation:
     )  # fmt: skip
     given = (x, router, router_bias, bias, gate_up, down, gate_up_bias, down_bias, shared_gate_up, shared_down,
              shared_gate)  # fmt: skip
-    return _with_parts(moe_function(spec), [where(n) for n in given if n is not None], node, where)
+    return _with_parts(function_of(moe_function, spec), [where(n) for n in given if n is not None], node, where)
 
 
 def _experts(node: fx.Node, where: Where, level: Level) -> Operation:
@@ -98,7 +105,7 @@ def _experts(node: fx.Node, where: Where, level: Level) -> Operation:
         down_bias is not None, level,
     )  # fmt: skip
     given = [where(n) for n in (x, ids, weights, gate_up, down, gate_up_bias, down_bias) if n is not None]
-    return Operation(experts_function(spec), (*given, where(node)), (node,))
+    return Operation(function_of(experts_function, spec), (*given, where(node)), (node,))
 
 
 def _route(node: fx.Node, where: Where, level: Level) -> Operation:
@@ -109,7 +116,9 @@ def _route(node: fx.Node, where: Where, level: Level) -> Operation:
         top_k, score, n_group, topk_group, group_score, renormalize, eps, scale,
         None if bias is None else where(bias).element, level,
     )  # fmt: skip
-    return _with_parts(route_function(spec), [where(n) for n in (logits, bias) if n is not None], node, where)
+    return _with_parts(
+        function_of(route_function, spec), [where(n) for n in (logits, bias) if n is not None], node, where
+    )
 
 
 def _attention(node: fx.Node, where: Where, level: Level) -> Operation | None:
@@ -130,7 +139,7 @@ def _attention(node: fx.Node, where: Where, level: Level) -> Operation | None:
     if scale is None and not isinstance(depth, int):
         return None
     spec = AttentionSpec(views[0].element, kind, depth**-0.5 if scale is None else scale, level)
-    return Operation(attention_function(spec), (*views, where(node)), (node,))
+    return Operation(function_of(attention_function, spec), (*views, where(node)), (node,))
 
 
 def _topk(node: fx.Node, where: Where, _level: Level) -> Operation | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import fx
 
 from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.targets.mlir.opening import MODEL, OBJECTS
-from dsmoe_compiler.targets.mlir.program import Compiled, compile_graph
+from dsmoe_compiler.targets.mlir.program import Compiled, compile_plan
+from dsmoe_compiler.targets.mlir.schedule import schedule
 from dsmoe_compiler.targets.mlir.stages import show
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
 from dsmoe_compiler.targets.workers import Progress
@@ -32,14 +34,15 @@ TEXT = "model.mlir"
 def package(phases: Iterable[Phase], folder: Path, *, progress: Progress) -> dict[str, Any]:
     """Compile the phases into `folder`: the manifest's entry about them. Raises: TargetError."""
     level = best_level()
-    compiled: dict[str, Compiled] = {}
     graphs: dict[str, fx.GraphModule] = {}
-    texts = []
-    for phase in phases:
-        progress(f"{phase.name}: torch-mlir, then LLVM")
-        compiled[phase.name] = compile_graph(phase.graph, phase.name, level=level)
-        graphs[phase.name] = phase.graph
-        texts.append(show(phase.graph, phase.name, "linalg", level=level).text)
+    with ThreadPoolExecutor(1) as pool:  # LLVM compiles one phase while the next is captured
+        jobs: dict[str, Future[Compiled]] = {}
+        for phase in phases:
+            progress(f"{phase.name}: torch-mlir, then LLVM")
+            graphs[phase.name] = phase.graph
+            jobs[phase.name] = pool.submit(compile_plan, schedule(phase.graph, phase.name, level), level)
+        compiled = {name: job.result() for name, job in jobs.items()}
+    texts = [show(graph, name, "linalg", level=level).text for name, graph in graphs.items()]
     (folder / OBJECTS).mkdir()
     names = write_weights(graphs, folder / WEIGHTS, progress=progress)
     described, seconds = {}, {}

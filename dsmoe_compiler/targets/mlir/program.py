@@ -49,8 +49,12 @@ class Compiled:
 def compile_graph(graph: fx.GraphModule, name: str, *, level: Level | None = None) -> Compiled:
     """Compile a graph to objects, that of the entry point `name` last, or find them in the cache."""
     level = level or best_level()
-    plan = schedule(graph, name, level)
-    seconds = {"schedule": plan.seconds}
+    return compile_plan(schedule(graph, name, level), level)
+
+
+def compile_plan(plan: Schedule, level: Level) -> Compiled:
+    """`compile_graph` of what has been scheduled; most of it runs beside other Python threads."""
+    seconds, name = {"schedule": plan.seconds}, plan.name
 
     def compiled(source: str, entry: str) -> bytes:
         start = time.perf_counter()

@@ -1,12 +1,7 @@
-"""The program of a graph: one function that calls its steps in turn, on memory that the caller owns.
+"""A graph divided, laid out in memory, and written as a program.
 
-    llvm.func @prefill(%data: !llvm.ptr, %sizes: !llvm.ptr)
-      call @glue_0(embedding, ids, ...)        torch-mlir's loops, each distinct one once
-      call @linear_..(x, weight, y)            functions of the waist, each distinct one once
-      ...
-
-`data` points to the addresses of all arguments and, last, of a workspace; `sizes` to the values of the free dimensions.
-`@prefill_workspace(sizes)` says how many bytes the workspace takes.
+Each value that is not a view has memory: an argument's, that of a result, or a place in the workspace from the step
+that makes it to the last that reads it. Steps run one after the other; each is parallel in itself.
 """
 
 from __future__ import annotations
@@ -18,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dsmoe_compiler.targets.mlir.arena import LINE, Arena
+from dsmoe_compiler.targets.mlir.arena import Arena
+from dsmoe_compiler.targets.mlir.calls import Calls, kind_of
 from dsmoe_compiler.targets.mlir.division import Call, Glue, Step, divide, is_part
 from dsmoe_compiler.targets.mlir.glue import glue_graph
 from dsmoe_compiler.targets.mlir.layout import (
@@ -34,30 +30,9 @@ from dsmoe_compiler.targets.mlir.layout import (
 from dsmoe_compiler.targets.mlir.operators import Operation, operation
 from dsmoe_compiler.targets.mlir.plan import Output, Schedule
 from dsmoe_compiler.targets.mlir.prepare import prepared
-from dsmoe_compiler.targets.mlir.sizes import SizeCode, size_of
+from dsmoe_compiler.targets.mlir.sizes import size_of
 from dsmoe_runtime.errors import TargetError
-from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.levels import Level
-
-BASE = "memref<?xi8>"
-STRUCT = "!llvm.struct<(ptr, ptr, i64, array<1 x i64>, array<1 x i64>)>"
-# The address number %i of the caller's, as memory without a known end.
-MEMORY = f"""\
-  func.func private @memory(%data: !llvm.ptr, %i: i64) -> {BASE} {{
-    %place = llvm.getelementptr %data[%i] : (!llvm.ptr, i64) -> !llvm.ptr, !llvm.ptr
-    %address = llvm.load %place : !llvm.ptr -> !llvm.ptr
-    %none = llvm.mlir.undef : {STRUCT}
-    %zero = llvm.mlir.constant(0 : i64) : i64
-    %one = llvm.mlir.constant(1 : i64) : i64
-    %many = llvm.mlir.constant(4611686018427387904 : i64) : i64
-    %a = llvm.insertvalue %address, %none[0] : {STRUCT}
-    %b = llvm.insertvalue %address, %a[1] : {STRUCT}
-    %c = llvm.insertvalue %zero, %b[2] : {STRUCT}
-    %d = llvm.insertvalue %many, %c[3, 0] : {STRUCT}
-    %e = llvm.insertvalue %one, %d[4, 0] : {STRUCT}
-    %whole = builtin.unrealized_conversion_cast %e : {STRUCT} to {BASE}
-    return %whole : {BASE}
-  }}"""
 
 
 def schedule(graph: fx.GraphModule, name: str, level: Level) -> Schedule:
@@ -73,9 +48,8 @@ class _Scheduler:
         self.graph, self.level = graph.graph, level
         self.owner = graph
         self.buffers: dict[fx.Node, Buffer] = {}
-        self.code, self.arena = Code(), Arena()
+        self.arena = Arena()
         self.number: dict[Buffer, int] = {}  # of an argument
-        self.bases: dict[Any, str] = {}
         self.keys: dict[str, str] = {}
         self.result = Schedule(name, [], [], {}, [])
 
@@ -128,18 +102,12 @@ class _Scheduler:
         for number, nodes in enumerate(uses):
             for node in nodes:
                 last[node] = number
-        body = self.code
-        with body.region(f"llvm.func @{result.name}(%data: !llvm.ptr, %sizes: !llvm.ptr)"):
-            self.size = SizeCode(body, self.free())
-            begin = len(body.lines)
-            for number, step in enumerate(steps):
-                self.write(step, made[number], operations)
-                gone = {node for node in {*uses[number], *made[number]} if last.get(node, number) == number}
-                self.forget(gone & owner.keys())
-            body.line("llvm.return")
-        self.insert_places(begin)
-        self.workspace()
-        result.text = f"{MEMORY}\n{body.text()}"
+        calls = Calls(result.name, list(result.sources), self.number, self.arena)
+        for number, step in enumerate(steps):
+            self.write(calls, step, made[number], operations)
+            gone = {node for node in {*uses[number], *made[number]} if last.get(node, number) == number}
+            self.forget(gone & owner.keys())
+        result.text = calls.text()
         return result
 
     def placeholder(self, node: fx.Node) -> None:
@@ -200,34 +168,18 @@ class _Scheduler:
 
     # Text ----------------------------------------------------------------------------------------------------------
 
-    def free(self) -> dict[str, str]:
-        names = {}
-        for number, symbol in enumerate(self.result.sources):
-            place = self.code.let(f"llvm.getelementptr %sizes[{number}] : (!llvm.ptr) -> !llvm.ptr, i64")
-            value = self.code.let(f"llvm.load {place} : !llvm.ptr -> i64")
-            names[symbol] = self.code.let(f"arith.index_cast {value} : i64 to index", "s")
-        return names
-
-    def write(self, step: Step, made: tuple[fx.Node, ...], operations: dict[fx.Node, Operation]) -> None:
+    def write(self, calls: Calls, step: Step, made: tuple[fx.Node, ...], operations: dict[fx.Node, Operation]) -> None:
         for node in made:
             if self.buffer(node) not in self.number:
                 self.arena.take(self.buffer(node))
-        if isinstance(step, Call):
-            self.call(operations[step.node], step.node)
-        else:
-            self.glue(step, made)
-
-    def forget(self, nodes: set[fx.Node]) -> None:
-        buffers = sorted((self.buffer(node) for node in nodes), key=lambda buffer: buffer.name)
-        self.arena.give_back(buffer for buffer in buffers if buffer in self.arena.place)
-
-    def call(self, found: Operation, node: fx.Node) -> None:
+        if isinstance(step, Glue):
+            return self.glue(calls, step, made)
+        found = operations[step.node]
         self.result.functions[found.function.name] = found.function
-        self.note(node, found.function.name)
-        values = [self.strided(view, kind) for view, kind in zip(found.operands, found.function.arguments, strict=True)]
-        self.code.line(found.function.call(values))
+        self.note(step.node, found.function.name)
+        return calls.add(list(zip(found.operands, found.function.arguments, strict=True)), found.function.call)
 
-    def glue(self, step: Glue, made: tuple[fx.Node, ...]) -> None:
+    def glue(self, calls: Calls, step: Glue, made: tuple[fx.Node, ...]) -> None:
         graph = glue_graph(step, made, self.buffer)
         if graph.key not in self.keys:
             self.keys[graph.key] = f"glue_{len(self.keys)}"
@@ -235,70 +187,19 @@ class _Scheduler:
         name = self.keys[graph.key]
         for node in step.nodes:
             self.note(node, name)
-        buffers = [self.buffer(node) for node in (*graph.inputs, *graph.outputs)]
-        values, kinds = [self.whole(buffer) for buffer in buffers], [kind_of(buffer) for buffer in buffers]
-        sizes = [self.code.let(f"arith.index_cast {self.size(size)} : index to i64") for size in graph.sizes]
-        at = len(graph.inputs)
-        values[at:at], kinds[at:at] = sizes, ["i64"] * len(sizes)
-        self.code.line(f"func.call @{name}({', '.join(values)}) : ({', '.join(kinds)}) -> ()")
+        given, taken = ([self.buffer(node) for node in nodes] for nodes in (graph.inputs, graph.outputs))
+        kinds = [*map(kind_of, given), *["i64"] * len(graph.sizes), *map(kind_of, taken)]
+        calls.add(
+            [*given, *graph.sizes, *taken],
+            lambda values: f"func.call @{name}({', '.join(values)}) : ({', '.join(kinds)}) -> ()",
+        )
 
     def note(self, node: fx.Node, name: str) -> None:
+        """That the modules around a node call a function."""
         for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
             self.result.layers.setdefault(path, set()).add(name)
 
-    def base(self, buffer: Buffer) -> tuple[str, str]:
-        """The bytes that hold a buffer, and where in them it begins."""
-        if buffer in self.number:
-            if buffer not in self.bases:
-                place = self.code.let(f"llvm.mlir.constant({self.number[buffer]} : i64) : i64", "k")
-                self.bases[buffer] = self.code.let(f"func.call @memory(%data, {place}) : (!llvm.ptr, i64) -> {BASE}")
-            return self.bases[buffer], self.size(0)
-        return "%workspace", f"%place{self.arena.place[buffer]}"
-
-    def whole(self, buffer: Buffer) -> str:
-        base, start = self.base(buffer)
-        free = ", ".join(self.size(size) for size in buffer.sizes if not isinstance(size, int))
-        return self.code.let(f"memref.view {base}[{start}][{free}] : {BASE} to {kind_of(buffer)}")
-
-    def strided(self, view: View, kind: str) -> str:
-        base, start = self.base(view.buffer)
-        flat = f"memref<?x{view.element}>"
-        count = self.size(view.buffer.count)
-        values = self.code.let(f"memref.view {base}[{start}][{count}] : {BASE} to {flat}")
-        sizes = ", ".join(self.size(size) for size in view.sizes)
-        strides = [self.size(stride) for stride in view.strides]
-        if "1]" in kind:
-            strides[-1] = "1"
-        return self.code.let(
-            f"memref.reinterpret_cast {values} to offset: [{self.size(view.offset)}], sizes: [{sizes}], "
-            f"strides: [{', '.join(strides)}] : {flat} to {kind}"
-        )
-
-    def insert_places(self, begin: int) -> None:
-        """Before the first step: the workspace, and where its places begin."""
-        steps, self.code.lines = self.code.lines, []
-        size = SizeCode(self.code, self.size.free)
-        number = self.code.let(f"llvm.mlir.constant({len(self.result.arguments)} : i64) : i64", "k")
-        self.code.line(f"  %workspace = func.call @memory(%data, {number}) : (!llvm.ptr, i64) -> {BASE}")
-        for place, start in enumerate(self.offsets(size)[:-1]):
-            self.code.line(f"  %place{place} = arith.addi {start}, {size(0)} : index")
-        self.code.lines = [*steps[:begin], *self.code.lines, *steps[begin:]]
-
-    def offsets(self, size: SizeCode) -> list[str]:
-        """Where each place begins, and the end."""
-        starts = [size(0)]
-        for bytes_ in self.arena.sizes:
-            lines = self.code.div(self.code.add(size(bytes_), LINE - 1), LINE)
-            starts.append(self.code.add(starts[-1], self.code.mul(lines, LINE)))
-        return starts
-
-    def workspace(self) -> None:
-        with self.code.region(f"llvm.func @{self.result.name}_workspace(%sizes: !llvm.ptr) -> i64"):
-            end = self.offsets(SizeCode(self.code, self.free()))[-1]
-            self.code.line(f"llvm.return {self.code.let(f'arith.index_cast {end} : index to i64')} : i64")
-
-
-def kind_of(buffer: Buffer) -> str:
-    """The memref type of a whole buffer, free dimensions as `?`."""
-    sizes = "".join(f"{size if isinstance(size, int) else '?'}x" for size in buffer.sizes)
-    return f"memref<{sizes}{buffer.element}>"
+    def forget(self, nodes: set[fx.Node]) -> None:
+        """Nobody reads these values any more: others may have their places."""
+        buffers = sorted((self.buffer(node) for node in nodes), key=lambda buffer: buffer.name)
+        self.arena.give_back(buffer for buffer in buffers if buffer in self.arena.place)

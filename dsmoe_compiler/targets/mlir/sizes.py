@@ -24,7 +24,9 @@ def size_of(value: int | torch.SymInt) -> Size:
     """A dimension of a fake tensor: a number, or an expression of symbols."""
     if isinstance(value, int):
         return value
-    expression: sympy.Expr = sympy.sympify(value.node.expr)
+    expression = value.node._expr
+    if not expression.is_Symbol or value.node.shape_env.replacements:  # simplified where something is known of it
+        expression = value.node.expr
     return int(expression) if expression.is_Integer else expression
 
 
@@ -33,11 +35,15 @@ def product(sizes: Iterable[Size]) -> Size:
     result: Any = 1
     for size in sizes:
         result = result * size
-    return int(result) if getattr(result, "is_Integer", True) else sympy.expand(result)
+    if isinstance(result, int):
+        return result
+    return int(result) if result.is_Integer else sympy.expand(result)
 
 
 def same(a: Size, b: Size) -> bool:
     """Whether two sizes are equal whatever their symbols are."""
+    if (isinstance(a, int) and isinstance(b, int)) or a == b:
+        return bool(a == b)
     return bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
 
 
