@@ -177,5 +177,11 @@ def test_inputs_that_lie_with_gaps_are_refused() -> None:
         fast(normal(6, 8, seed=1)[:, :5])
 
 
+def test_an_empty_value_inside_is_refused_before_torch_mlir_divides_by_its_size() -> None:
+    fast = torch.compile(lambda x: (x[:0] * 2).view(2, 0, 8), backend="dsmoe", options=OPTIONS)
+    with torch.no_grad(), pytest.raises(Exception, match="which is empty"):
+        fast(normal(6, 8, seed=1))
+
+
 def test_the_name_of_the_target() -> None:
     assert OPTIONS["target"] == jit.NAME

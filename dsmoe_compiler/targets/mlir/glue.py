@@ -119,6 +119,9 @@ class _Builder:
 
     def called(self, node: fx.Node, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         value = node.meta.get("val")
+        empty = next((source for source in node.all_input_nodes if is_empty(source)), None)
+        if empty is not None:  # torch-mlir divides by its size, and the process ends
+            raise TargetError(f"{node.name} ({node.target}) reads {empty.name}, which is empty: mlir-cpu has no such")
         options = {name: v for name, v in options.items() if name not in ("pin_memory", "layout")}
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         half = first is not None and tensor_of(first) is not None and tensor_of(first).dtype in HALF  # type: ignore[union-attr]
@@ -177,6 +180,12 @@ class _Builder:
         if order == tuple(range(len(order))):
             return made
         return self.new("call_function", aten.permute.default, (made, list(order)), self.tensor(node).permute(order))
+
+
+def is_empty(node: fx.Node) -> bool:
+    """Whether a node is a tensor without elements, whatever the free dimensions are."""
+    value = tensor_of(node)
+    return value is not None and any(isinstance(size, int) and size == 0 for size in value.shape)
 
 
 def positional(node: fx.Node, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
