@@ -9,11 +9,12 @@ print(runner.generate_text("Once upon a time", max_new_tokens=32))
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,7 +34,11 @@ from dsmoe_model.checkpoint import open_checkpoint
 from dsmoe_model.moe import MoE
 from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
-from dsmoe_runtime.errors import ConfigError, NotFusedError
+from dsmoe_runtime.errors import ConfigError, NotFusedError, TargetError
+from dsmoe_runtime.mlir.levels import level_named
+
+if TYPE_CHECKING:
+    from dsmoe_compiler.targets.mlir.stages import StageText
 
 __all__ = ["compile", "explain", "export_onnx", "load"]
 log = logging.getLogger(__name__)
@@ -59,6 +64,11 @@ def compile(
         from dsmoe_compiler.targets.onnx.compiling import compile_onnx
 
         return compile_onnx(loaded, config, progress)
+    if isinstance(loaded, Pretrained) and config.formats == ("mlir",):
+        raise TargetError(
+            f"{loaded.source} is a model of transformers; format mlir packages models of the reference architecture. "
+            'Run it by torch.compile(model, backend="dsmoe", options={"target": "mlir-cpu"}), or use format aoti'
+        )
     if isinstance(loaded, Pretrained):
         from dsmoe_compiler.huggingface.compiling import compile_pretrained
 
@@ -71,7 +81,7 @@ def compile(
         capture = Capture(
             transformer, batch=config.batch_size, capacity=capacity, debug=config.debug, progress=progress
         )
-        phases = aoti.package(_phases(capture, config), stage.path, target=config.target, progress=progress)
+        phases, facts, processor = _package(capture, config, stage.path, progress)
         artifact = artifacts.assemble(
             stage,
             phases,
@@ -82,7 +92,8 @@ def compile(
             batch_size=config.batch_size,
             capacity=capacity,
             source=loaded.source,
-            facts=artifacts.facts_of(config, capture.explanation()),
+            facts=facts | artifacts.facts_of(config, capture.explanation()),
+            processor=processor,
         )
         if config.verify:
             result = prove(transformer, artifact, capture, config, progress)
@@ -138,6 +149,28 @@ def explain(
     for _ in capture.phases(("decode",)):
         pass
     return capture.explanation()
+
+
+def show_stage(
+    model: Model, *, stage: str, phase: str = "decode", layer: int | None = None, dtype: torch.dtype = torch.float32
+) -> StageText:
+    """The program of one phase on its way through torch-mlir to the CPU: "torch", "linalg", "scheduled" or "llvm".
+
+    `layer` shows what that layer calls, and nothing else. Presets and checkpoints are taken on the meta device.
+    """
+    from dsmoe_compiler.targets.mlir.stages import show
+
+    if isinstance(model, str | Path) and str(model) not in PRESETS and is_for_transformers(model):
+        raise ConfigError(f"{model} is a model of transformers: stages are shown of the reference architecture")
+    start = time.perf_counter()
+    transformer = as_meta(model, dtype)
+    capacity = CompileConfig(target="cpu").capacity(transformer.config.max_position_embeddings)
+    for captured in Capture(transformer, batch=1, capacity=capacity).phases((phase,)):
+        seconds = {"capture": time.perf_counter() - start}
+        path = None if layer is None else f"model.layers.{layer}"
+        shown = show(captured.graph, captured.name, stage, layer=path)
+        return replace(shown, seconds=seconds | shown.seconds)
+    raise AssertionError("a capture of one phase gives one")
 
 
 def prove(
@@ -199,14 +232,27 @@ def as_loaded(model: Model, config: CompileConfig) -> Loaded | Pretrained:
     return model
 
 
-def as_meta(model: str | Path | Loaded | Transformer) -> Transformer:
+def as_meta(model: Any, dtype: torch.dtype = torch.float32) -> Transformer:
     """The model's structure without its weights."""
     if isinstance(model, Loaded):
         return model.model
     if isinstance(model, Transformer):
         return model
     config = PRESETS[str(model)] if str(model) in PRESETS else open_checkpoint(model).config
-    return build(config, dtype=torch.float32, device="meta", seed=0)
+    return build(config, dtype=dtype, device="meta", seed=0)
+
+
+def _package(
+    capture: Capture, config: CompileConfig, folder: Path, progress: Callable[[str], None]
+) -> tuple[dict[str, aoti.PhaseReport], dict[str, Any], dict[str, Any] | None]:
+    """Compile the phases in the format that was asked for: reports of packages, facts, and what running them takes."""
+    assert config.target is not None
+    if config.formats != ("mlir",):
+        return aoti.package(_phases(capture, config), folder, target=config.target, progress=progress), {}, None
+    from dsmoe_compiler.targets.mlir import packaging
+
+    facts = packaging.package(_phases(capture, config), folder, progress=progress)
+    return {}, {"mlir": facts}, packaging.requirement(level_named(facts["level"]))
 
 
 def _phases(capture: Capture, config: CompileConfig) -> Iterator[Phase]:

@@ -4,7 +4,8 @@
     config.json              the model's configuration
     tokenizer.json, tokenizer_config.json    where the model has a tokenizer
     prefill.pt2, decode.pt2  native code, one package a phase; or
-    model.onnx               both phases for ONNX Runtime
+    model.onnx               both phases for ONNX Runtime; or
+    model.json, objects/*.o  both phases through torch-mlir, see targets/mlir/packaging.py
     weights/*.safetensors    one set, for all phases
     report/                  what people look at
 
@@ -30,6 +31,7 @@ from dsmoe_compiler.runner import Runner, Shapes
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
 from dsmoe_compiler.targets.aoti import PhaseReport
+from dsmoe_compiler.targets.mlir.opening import open_mlir
 from dsmoe_compiler.targets.onnx.opening import check_model
 from dsmoe_compiler.targets.onnx.runner import open_onnx
 from dsmoe_compiler.targets.onnx.session import KERNELS
@@ -46,7 +48,7 @@ FORMAT, FORMAT_VERSION = "dsmoe-artifact", 1
 MANIFEST, CONFIG = "manifest.json", "config.json"
 MODEL_TYPE = "deepseek"
 MANIFEST_LIMIT, CONFIG_LIMIT = 64 * 2**20, 4 * 2**20  # bytes
-RUN = (".pt2", ".onnx", ".so", ".safetensors")  # what is loaded if it is there
+RUN = (".pt2", ".onnx", ".so", ".o", ".safetensors")  # what is loaded if it is there
 FIELDS: dict[str, type] = {
     "format_version": int,
     "tool_version": str,
@@ -82,9 +84,11 @@ class Artifact:
         threads: int | None = None,
     ) -> Runner:
         """Run it from where it lies now, published or not; the arguments are those of `load`."""
+        seen = interface(self.folder, self.manifest, self.config)
         if "onnx" in self.manifest:
-            seen = interface(self.folder, self.manifest, self.config)
             return open_onnx(self.folder, self.manifest, seen, self.tokenizer, device, library, threads)
+        if "mlir" in self.manifest:
+            return open_mlir(self.folder, self.manifest, seen, self.tokenizer, device, inside)
         return open_runner(
             self.folder, self.manifest, self.config, self.tokenizer, device=device, cuda_graph=cuda_graph
         )
@@ -124,6 +128,7 @@ def assemble(
     capacity: int,
     source: str,
     facts: dict[str, Any],
+    processor: dict[str, Any] | None = None,
 ) -> Artifact:
     """An artifact from a stage that `aoti.package` has filled. `facts`: further manifest entries (layers, proof)."""
     write_json(stage.path / CONFIG, config)
@@ -136,7 +141,7 @@ def assemble(
         "torch_version": torch.__version__,
         "source": source,
         "target": target,
-        "processor": aoti.requirement(target) if phases else {},
+        "processor": processor or (aoti.requirement(target) if phases else {}),
         "dtype": dtype,
         "batch_size": batch_size,
         "capacity": capacity,
@@ -189,6 +194,8 @@ def load(
         return open_onnx(folder, manifest, interface(folder, manifest, config), tokenizer, device, library, threads)
     if library or threads is not None:
         raise ConfigError(f"{folder} holds native code, not an ONNX model: library and threads mean nothing to it")
+    if "mlir" in manifest:
+        return open_mlir(folder, manifest, interface(folder, manifest, config), tokenizer, device, inside)
     return open_runner(folder, manifest, config, tokenizer, device=device, cuda_graph=cuda_graph)
 
 
@@ -208,9 +215,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} was written by dsmoe-compiler {made} (format {str(version)[:40]}); this is {__version__} "
             f"(format {FORMAT_VERSION}): upgrade this installation, or compile again with it"
         )
-    for name, kind in FIELDS.items():
-        if type(manifest.get(name)) is not kind:
-            raise ArtifactError(f"{folder} is damaged: {name} in {MANIFEST} is not a {kind.__name__}")
+    wrong = next((name for name, kind in FIELDS.items() if type(manifest.get(name)) is not kind), None)
+    if wrong is not None:
+        raise ArtifactError(f"{folder} is damaged: {wrong} in {MANIFEST} is not a {FIELDS[wrong].__name__}")
     theirs, ours = manifest["torch_version"].partition("+")[0], torch.__version__.partition("+")[0]
     if theirs != ours and manifest["phases"]:
         raise ArtifactError(
@@ -290,15 +297,13 @@ def check_files(folder: Path, files: dict[str, Any], *, check_weights: bool) -> 
     for name, path in paths.items():
         size, due = path.stat().st_size, files[name].get("bytes") if isinstance(files[name], dict) else None
         if size != due:
-            raise ArtifactError(
-                f"{path} has {size:,} bytes, its manifest says {due}: damaged or altered. Compile it again"
-            )
+            said = f"has {size:,} bytes, its manifest says {due}"
+            raise ArtifactError(f"{path} {said}: damaged or altered. Compile it again")
     with ThreadPoolExecutor(4) as pool:
         for name, digest in zip(hashed, pool.map(sha256, hashed.values()), strict=True):
             if digest != files[name].get("sha256"):
-                raise ArtifactError(
-                    f"{paths[name]} has not the hash that its manifest says: damaged or altered. Compile it again"
-                )
+                said = "has not the hash that its manifest says"
+                raise ArtifactError(f"{paths[name]} {said}: damaged or altered. Compile it again")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -318,10 +323,8 @@ def inside(folder: Path, name: str) -> Path:
 
 def listed(folder: Path) -> list[str]:
     """The files of an artifact, but for the manifest, by their names in it."""
-    names = (
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
-    )
-    return sorted(name for name in names if name != MANIFEST)
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) != MANIFEST)
 
 
 def describe(path: Path) -> dict[str, Any]:

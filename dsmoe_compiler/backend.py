@@ -3,6 +3,7 @@
     fast = torch.compile(model, backend="dsmoe")                                  # mode="reduce-overhead" works too
     fast = torch.compile(model, backend="dsmoe", options={"dsmoe.strict": True})  # a layer left alone is an error
     fast(x)
+    fast = torch.compile(model, backend="dsmoe", options={"target": "mlir-cpu"})  # inference on the CPU, no Inductor
     print(dsmoe_compiler.backend.last_report())                                   # every layer: fused, or why not
 
 The rewrite happens above autograd, so training works: the operators bring their own backward. Options of Inductor
@@ -20,7 +21,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,7 @@ from dsmoe_compiler.huggingface import eager_loop
 from dsmoe_compiler.layer_reports import layer_reports
 from dsmoe_compiler.targets.lower import operator_name, values
 from dsmoe_passes import pipeline
-from dsmoe_runtime.errors import ConfigError, NotFusedError
+from dsmoe_runtime.errors import ConfigError, NotFusedError, TargetError
 from dsmoe_runtime.ops import cuda
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,14 @@ torch._dynamo.on_compile_start(eager_loop.install)  # where transformers is impo
 
 @dataclass(frozen=True)
 class Options:
-    """What `options={"dsmoe.NAME": value}` may say. `dump` names a pass (or "all") whose graphs are logged."""
+    """What `options={"dsmoe.NAME": value}` may say. `dump` names a pass (or "all") whose graphs are logged.
+
+    `target`, which may go without `dsmoe.`: None for Inductor, or "mlir-cpu".
+    """
 
     strict: bool = False
     dump: str | None = None
+    target: str | None = None
 
 
 @eager_loop.traces_eager_experts
@@ -71,12 +76,23 @@ def dsmoe(
     """
     eager_loop.install()
     own, patches = read_options(options or {})
+    if own.target is not None:
+        check_target(own.target, mode, patches)
     if mode:
         patches = {**list_mode_options(mode), **patches}
     if os.environ.get("DSMOE_DISABLE") == "1":
         return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
     graph, explanation = fuse(gm, example_inputs, dump=own.dump)
+    if own.target is not None:
+        layers = tuple(replace(layer, kernel=own.target) if layer.fused else layer for layer in explanation.layers)
+        explanation = replace(explanation, layers=layers)
     report(explanation, strict=own.strict)
+    if own.target is not None:
+        from dsmoe_compiler.targets.mlir.jit import compile_inference
+
+        if explanation.notes:
+            raise TargetError(f"target {own.target}: {explanation.notes[0]}")
+        return compile_inference(graph, example_inputs)
     return cast(Compiled, compile_fx(graph, list(example_inputs), config_patches=capturable(graph, patches)))
 
 
@@ -135,12 +151,22 @@ def capturable(graph: fx.GraphModule, patches: dict[str, Any]) -> dict[str, Any]
 
 def read_options(options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     """Our options, and the rest, which are Inductor's."""
+    options = {"dsmoe.target" if key == "target" else key: value for key, value in options.items()}
     mine = {key.removeprefix("dsmoe."): value for key, value in options.items() if key.startswith("dsmoe.")}
     unknown = sorted(set(mine) - set(Options.__dataclass_fields__))
     if unknown:
         known = ", ".join(f"dsmoe.{name}" for name in Options.__dataclass_fields__)
         raise ConfigError(f"unknown option dsmoe.{unknown[0]}; there are {known}")
     return Options(**mine), {key: value for key, value in options.items() if not key.startswith("dsmoe.")}
+
+
+def check_target(target: str, mode: str | None, patches: dict[str, Any]) -> None:
+    """Raises: ConfigError for a target that there is not, or for options of Inductor beside one that is not its."""
+    if target != "mlir-cpu":
+        raise ConfigError(f"target is {target!r}; it must be 'mlir-cpu', or left out for Inductor")
+    if mode or patches:
+        given = f"mode {mode!r}" if mode else f"option {next(iter(patches))!r}"
+        raise ConfigError(f"{given} is for Inductor, and target {target} does not use it: leave one of them out")
 
 
 def functional(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:

@@ -11,7 +11,7 @@ from dsmoe_runtime.errors import ConfigError, TargetError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TARGETS = ("cpu", "cuda")
-FORMATS = ("aoti", "onnx")
+FORMATS = ("aoti", "onnx", "mlir")
 PROFILES = ("portable", "ort-cuda", "ort-contrib")
 DEFAULT_CAPACITY = 512
 
@@ -20,7 +20,8 @@ DEFAULT_CAPACITY = 512
 class CompileConfig:
     """`target` None: CUDA where there is a GPU, else the CPU. `dtype` None: as stored, or as the model is.
 
-    `formats`: one of them an artifact. `profile`: of "onnx", for any ONNX Runtime ("portable"; target None is then the
+    `formats`: one of them an artifact; "mlir" is for the CPU, through torch-mlir.
+    `profile`: of "onnx", for any ONNX Runtime ("portable"; target None is then the
     CPU), for our kernels on a GPU ("ort-cuda"), or by ONNX Runtime's own operator ("ort-contrib").
     `functions` False leaves the op's meaning in standard operators out of an "ort-cuda" model.
     `max_seq_len`: positions of the KV cache, prompt and answer together; None: the model's own limit, at most 512 where
@@ -48,6 +49,8 @@ class CompileConfig:
             object.__setattr__(self, "target", self._target())
         if self.target not in TARGETS:
             raise ConfigError(f"target is {self.target!r}; it must be one of {', '.join(TARGETS)}")
+        if "mlir" in self.formats and self.target != "cpu":
+            raise ConfigError(f"format mlir is for target cpu; target is {self.target!r}")
         ahead = "onnx" in self.formats and not self.verify  # written without a look at the GPU that it is for
         if self.target == "cuda" and not torch.cuda.is_available() and not ahead:
             raise TargetError(f"target cuda needs a GPU; torch {torch.__version__} sees none here. Use target cpu")
@@ -65,7 +68,7 @@ class CompileConfig:
                 raise ConfigError(f"{name} is {value!r}; it must be an integer of at least 1")
 
     def _target(self) -> str:
-        if "onnx" in self.formats and self.profile != "ort-cuda":
+        if "mlir" in self.formats or ("onnx" in self.formats and self.profile != "ort-cuda"):
             return "cpu"
         return "cuda" if torch.cuda.is_available() or self.profile == "ort-cuda" else "cpu"
 

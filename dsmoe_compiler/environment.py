@@ -28,7 +28,7 @@ OPTIONAL = (
     ("onnxscript", "dsmoe compile --format onnx", 'pip install "dsmoe-compiler[onnx]"'),
     ("onnxruntime", "proving and running ONNX on the CPU", 'pip install "dsmoe-compiler[onnx]"'),
     ("onnxruntime-gpu", "proving and running ONNX on a GPU", 'pip install "dsmoe-compiler[gpu]"'),
-    ("torch-mlir", "MLIR export (not in this version)", 'pip install "dsmoe-compiler[mlir]"'),
+    ("torch-mlir", "compiling for the CPU by our own kernels", 'pip install "dsmoe-compiler[mlir]"'),
 )
 
 
@@ -140,6 +140,7 @@ def _abilities(packages: dict[str, str | None], gpus: tuple[Gpu, ...], compiler:
         ),
         _cuda_ability(packages["triton"], gpus, compiler),
         _onnx_ability(packages),
+        _mlir_ability(packages["torch-mlir"]),
         Ability(
             name='torch.compile(backend="dsmoe")',
             ok=registered,
@@ -168,6 +169,20 @@ def _cuda_ability(triton: str | None, gpus: tuple[Gpu, ...], compiler: str | Non
         remedy = "install g++ or clang++, or name one with CXX"
     detail = ", ".join(gpu.name for gpu in gpus) or "no GPU"
     return Ability(name="compile --target cuda", ok=remedy is None, detail=detail, remedy=remedy)
+
+
+def _mlir_ability(version: str | None) -> Ability:
+    from dsmoe_runtime.errors import TargetError
+    from dsmoe_runtime.mlir.levels import best_level
+
+    remedy, detail = None, f"torch-mlir {version}"
+    try:
+        detail += f", level {best_level().name}"
+    except TargetError as error:
+        remedy, detail = "use another format on this processor", str(error)
+    if version is None:
+        remedy, detail = 'pip install "dsmoe-compiler[mlir]"', "torch-mlir is not installed"
+    return Ability(name="compile --format mlir", ok=remedy is None, detail=detail, remedy=remedy)
 
 
 def _onnx_ability(packages: dict[str, str | None]) -> Ability:

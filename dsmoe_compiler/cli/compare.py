@@ -32,7 +32,7 @@ EXAMPLES = """\
 log = logging.getLogger(__name__)
 
 FAILED, UNVERIFIED = 1, 3
-AGAINST = ("eager", "inductor", "hf", "hf-grouped", "hf-batched")
+AGAINST = ("eager", "inductor", "mlir", "hf", "hf-grouped", "hf-batched")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +40,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         type=names,
-        default=("eager", "inductor", "hf"),
         metavar="NAME,...",
-        help=f"of {', '.join(AGAINST)} (eager,inductor,hf)",
+        help=f"of {', '.join(AGAINST)} (eager,inductor,hf, and on the CPU mlir)",
     )
     parser.add_argument(
         "--tokens", type=numbers, default=(1, 16, 256), metavar="N,...", help="prefill lengths (1,16,256)"
@@ -57,7 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    unknown = [name for name in args.against if name not in AGAINST]
+    unknown = [name for name in args.against or () if name not in AGAINST]
     if unknown:
         raise UsageError(f"--against {unknown[0]!r}: nothing is called so; there are {', '.join(AGAINST)}")
     check_model(args.model)
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         log.info("%s: %s", args.model, note)
     comparison = compare(
         loaded,
-        against=args.against,
+        against=args.against or ("eager", "inductor", *(["mlir"] if target == "cpu" else []), "hf"),
         tokens=args.tokens,
         decode_steps=args.decode_steps,
         repeats=args.repeats,

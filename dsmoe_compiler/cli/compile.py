@@ -30,14 +30,14 @@ EXAMPLES = """\
   dsmoe compile path/to/checkpoint -o out/model --dtype bf16 --max-seq-len 4096
   dsmoe compile path/to/checkpoint -o out/model --target cuda --strict --json
   dsmoe compile path/to/checkpoint -o out/model --format onnx --dtype fp16
+  dsmoe compile path/to/checkpoint -o out/model --format mlir --dtype bf16    for the CPU, through torch-mlir
 
 OUT appears only when the compiled model was found to be the same model; otherwise exit 3 and nothing is left behind.
 """
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("aoti", "onnx")
-LATER = ("mlir",)
+FORMATS = ("aoti", "onnx", "mlir")
 PROFILES = ("portable", "ort-cuda", "ort-contrib")
 
 
@@ -45,7 +45,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the artifact folder to write")
     parser.add_argument("--target", choices=TARGETS, help="what it will run on (cuda where there is a GPU, else cpu)")
-    parser.add_argument("--format", type=names, default=("aoti",), metavar="FORMAT", help="what to write (aoti|onnx)")
+    parser.add_argument(
+        "--format", type=names, default=("aoti",), metavar="FORMAT", help="what to write (aoti|onnx|mlir)"
+    )
     parser.add_argument(
         "--profile", choices=PROFILES, default=PROFILES[0], help="of onnx, what it relies on (portable)"
     )
@@ -132,8 +134,6 @@ def check_formats(formats: tuple[str, ...]) -> None:
     if not formats:
         raise UsageError(f"--format names no format; {there}")
     for name in formats:
-        if name in LATER:
-            raise UsageError(f"--format {name} is not there yet; {there}")
         if name not in FORMATS:
             raise UsageError(f"--format {name} is unknown; {there}")
     if len(formats) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,21 +20,35 @@ SUMMARY = "every MoE layer: what was matched, what was fused, why not; the graph
 EXAMPLES = """\
   dsmoe explain deepseek-moe-tiny
   dsmoe explain deepseek-moe-tiny --stage fuse_moe
+  dsmoe explain deepseek-moe-tiny --target cpu --stage linalg --layer 1     on its way through torch-mlir
   dsmoe explain path/to/checkpoint --strict --json > layers.json
   dsmoe explain out/tiny                    an artifact: what was fused when it was compiled; of ONNX, each layer's node
 """
 
 log = logging.getLogger(__name__)
+STAGES = ("torch", "linalg", "scheduled", "llvm")  # of targets.mlir.stages, which imports torch
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--stage", metavar="PASS", help="print the graph before and after this pass, or after 'all'")
+    parser.add_argument(
+        "--stage",
+        metavar="NAME",
+        help="print the graph before and after this pass, or after 'all'; with --target cpu the program at the stage "
+        f"{', '.join(STAGES)}",
+    )
+    parser.add_argument(
+        "--target", choices=("cpu",), help="with --stage: on its way to machine code through torch-mlir"
+    )
+    parser.add_argument("--layer", type=int, metavar="N", help="with --target: this layer only")
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="with --target: which program (decode)")
     parser.add_argument("--strict", action="store_true", help="exit 1 if a layer was left alone")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.target is not None or args.layer is not None or args.phase is not None:
+        return show_stage(args)
     compiled = (Path(args.model) / "manifest.json").is_file()
     if not compiled:
         check_model(args.model)
@@ -54,6 +68,26 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(layer.name for layer in explanation.left_alone)
         log.error("--strict: %s left alone: %s", plural(len(explanation.left_alone), "layer"), names)
         return 1
+    return 0
+
+
+def show_stage(args: argparse.Namespace) -> int:
+    """Print the program of one phase at a stage of the target mlir-cpu, and how long each stage took."""
+    if args.target is None:
+        raise UsageError("--layer and --phase say what of a program to show: add --target cpu")
+    if args.stage not in STAGES:
+        raise UsageError(f"--stage {args.stage!r} is none of --target cpu; there are {', '.join(STAGES)}")
+    check_model(args.model)
+
+    from dsmoe_compiler.api import show_stage as show
+
+    shown = show(args.model, stage=args.stage, phase=args.phase or "decode", layer=args.layer)
+    if args.json:
+        print_json(asdict(shown))
+        return 0
+    say(shown.text)
+    for stage, seconds in shown.seconds.items():
+        log.info("%s: %.2f s", stage, seconds)
     return 0
 
 

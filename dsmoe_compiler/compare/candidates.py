@@ -22,6 +22,7 @@ TITLES = {
     "inductor": "torch.compile",
     "hf-grouped": "transformers grouped_mm",
     "hf-batched": "transformers batched_mm",
+    "mlir": "dsmoe, format mlir",
     "dsmoe": "dsmoe",
 }
 
@@ -72,8 +73,8 @@ class Reference:
 class Compiled:
     """The artifact's runner: `new_cache()`, `prefill(ids, cache)`, `decode(ids, position, cache)`."""
 
-    def __init__(self, runner: Any) -> None:
-        self.name, self.runner = "dsmoe", runner
+    def __init__(self, runner: Any, name: str = "dsmoe", compile_seconds: float | None = None) -> None:
+        self.name, self.runner, self.compile_seconds = name, runner, compile_seconds
 
     def new_cache(self) -> Any:
         return self.runner.new_cache()

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from dsmoe_compiler import api
+from dsmoe_compiler.compare.candidates import Absent, Compiled
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.loading import Loaded
 from dsmoe_compiler.runner import Runner
+from dsmoe_model.transformer import Transformer
+from dsmoe_runtime.errors import TargetError
 
 
 @contextmanager
@@ -26,6 +29,22 @@ def compiled(loaded: Loaded, *, capacity: int, tell: Callable[[str], None]) -> I
         runner = artifact.runner()
         proof = (artifact.manifest.get("verification") or {}).get("seconds", 0.0)
         yield runner, time.perf_counter() - begin - proof
+    finally:
+        artifact.discard()
+
+
+def through_mlir(model: Transformer, *, batch: int, capacity: int) -> Compiled:
+    """The model in format mlir, on the CPU, from an artifact that is gone by the time it runs. Raises: Absent."""
+    if model.norm.weight.device.type != "cpu":
+        raise Absent("format mlir is for the CPU")
+    begin = time.perf_counter()
+    config = CompileConfig(formats=("mlir",), max_seq_len=capacity, batch_size=batch, verify=False)
+    try:
+        artifact = api.compile(model, config=config)
+    except TargetError as error:
+        raise Absent(str(error)) from None
+    try:
+        return Compiled(artifact.runner(), "mlir", time.perf_counter() - begin)
     finally:
         artifact.discard()
 

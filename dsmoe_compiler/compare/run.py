@@ -21,14 +21,14 @@ from dsmoe_compiler.compare.conditions import conditions
 from dsmoe_compiler.compare.inputs import fixed_inputs
 from dsmoe_compiler.compare.load import expert_load, routed_layers
 from dsmoe_compiler.compare.measure import Plan, least_work, measure
-from dsmoe_compiler.compare.ours import compiled, facts_of
+from dsmoe_compiler.compare.ours import compiled, facts_of, through_mlir
 from dsmoe_compiler.compare.result import CandidateAgreement, CandidateReport, Comparison, Measurement
 from dsmoe_compiler.compare.roofline import measure_roof
 from dsmoe_compiler.compare.timing import Samples
 from dsmoe_compiler.loading import Loaded
 from dsmoe_model.transformer import Transformer
 
-AGAINST = ("eager", "inductor", "hf-grouped", "hf-batched")
+AGAINST = ("eager", "inductor", "mlir", "hf-grouped", "hf-batched")
 _HF = {"hf-grouped": "grouped_mm", "hf-batched": "batched_mm"}
 _log = logging.getLogger(__name__)
 
@@ -157,6 +157,8 @@ def _build(name: str, model: Transformer, runner: Any, *, batch: int, capacity: 
         return Compiled(runner)
     if name in _HF:
         return HuggingFace(model, _HF[name])
+    if name == "mlir":
+        return through_mlir(model, batch=batch, capacity=capacity)
     return Reference(model, batch=batch, capacity=capacity, compiled=name == "inductor")
 
 
@@ -180,10 +182,15 @@ def _examine(candidate: Candidate, judge: Judge, plan: Plan) -> tuple[CandidateR
         state="measured" if agreement.ok else "disagrees",
         reason=None if agreement.ok else _disagreement(agreement),
         note=note,
-        compile_seconds=max(0.0, first.seconds - second.seconds) if lazy else None,
+        compile_seconds=max(0.0, first.seconds - second.seconds) if lazy else made_in(candidate),
         agreement=agreement,
     )
     return report, first
+
+
+def made_in(candidate: Candidate) -> float | None:
+    """The seconds that it took to compile a candidate that was compiled before it ran, where they were measured."""
+    return candidate.compile_seconds if isinstance(candidate, Compiled) else None
 
 
 def _disagreement(agreement: CandidateAgreement) -> str:

@@ -1,0 +1,1 @@
+"""The CPU target through torch-mlir: FX -> torch dialect -> linalg -> loops -> LLVM -> one object file a graph."""

@@ -1,0 +1,96 @@
+"""Opens an artifact of the mlir format: weights mapped, objects linked, a runner over both phases.
+
+Nothing is compiled, and torch-mlir is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmoe_compiler.runner import Runner, Shapes
+from dsmoe_compiler.targets import package, processor
+from dsmoe_compiler.targets.mlir.interface import Interface
+from dsmoe_compiler.targets.mlir.program import Program
+from dsmoe_compiler.targets.weights import WEIGHTS
+from dsmoe_model.checkpoint import Tokenizer
+from dsmoe_model.checkpoint.json_files import read_json
+from dsmoe_model.checkpoint.shards import DTYPES, read_header
+from dsmoe_runtime.errors import ArtifactError
+
+MODEL, OBJECTS = "model.json", "objects"
+LIMIT = 64 * 2**20  # bytes of model.json
+PHASES = ("prefill", "decode")
+Inside = Callable[[Path, str], Path]
+
+
+def open_mlir(
+    folder: Path,
+    manifest: dict[str, Any],
+    seen: tuple[int, Shapes],
+    tokenizer: Tokenizer | None,
+    device: torch.device | str | None,
+    inside: Inside,
+) -> Runner:
+    """Raises: ArtifactError, if weights and objects do not fit each other or this machine."""
+    place = torch.device(device or "cpu")
+    if place.type != "cpu":
+        raise ArtifactError(f"{folder} was compiled for cpu; it cannot run on {place}")
+    programs: dict[str, package.Program] = {**open_programs(folder, manifest, inside)}
+    return Runner(*seen, manifest=manifest, tokenizer=tokenizer, programs=programs, device=place)
+
+
+def open_programs(folder: Path, manifest: dict[str, Any], inside: Inside) -> dict[str, Program]:
+    """The phases of an artifact, loaded; `inside` is how a file of it is named safely. Raises: ArtifactError."""
+    why = processor.missing(manifest["processor"])
+    if why:
+        raise ArtifactError(f"{folder} cannot run here: {why}. Compile it again on this machine")
+    described = read_json(inside(folder, MODEL), limit=LIMIT)
+    stored: dict[str, Tensor] = {}
+    for file in sorted((folder / WEIGHTS).iterdir()):
+        stored |= mapped_weights(inside(folder, f"{WEIGHTS}/{file.name}"))
+    programs = {}
+    for phase in PHASES:
+        try:
+            said = described["phases"][phase]
+            interface = Interface.from_dict(said["interface"])
+            images = {name: inside(folder, f"{OBJECTS}/{name}.o").read_bytes() for name in said["objects"]}
+            weights = {own: stored[name] for own, name in said["weights"].items()}
+            programs[phase] = Program(interface, images, checked(interface, weights))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{folder} is damaged: {MODEL} lacks {error} of phase {phase}") from None
+    return programs
+
+
+def checked(interface: Interface, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, if they are what the program was compiled for. Raises: ArtifactError."""
+    for argument in interface.arguments:
+        if argument.kind != "weight":
+            continue
+        tensor = weights[argument.name]
+        count = 1
+        for size in argument.shape:
+            count *= int(size)
+        if str(tensor.dtype).removeprefix("torch.") != argument.dtype or tensor.numel() != count:
+            raise ArtifactError(
+                f"the weight {argument.name} is {tensor.dtype} {list(tensor.shape)}; the program wants "
+                f"{argument.dtype} {list(argument.shape)}"
+            )
+    return weights
+
+
+def mapped_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file in memory that is the file: pages are read when they are wanted."""
+    whole = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    tensors = {}
+    for entry in read_header(file).values():
+        dtype = DTYPES[entry.dtype]
+        part = whole[entry.offset : entry.offset + entry.nbytes]
+        # A tensor may begin where its type may not, after others of narrower types.
+        part = part if entry.offset % dtype.itemsize == 0 else part.clone()
+        tensors[entry.name] = part.view(dtype).view(entry.shape)
+    return tensors

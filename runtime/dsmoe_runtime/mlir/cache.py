@@ -1,0 +1,44 @@
+"""Compiled kernels on disk, one object file each: per user, written atomically, keyed by all that decides the code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+HEADER = b"dsmoe object 1\n"
+
+
+def folder() -> Path:
+    """$DSMOE_CACHE_DIR, or dsmoe in the user's cache."""
+    own = os.environ.get("DSMOE_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmoe"
+
+
+def cached(key: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` returned for this key before, or now. A file that is cut short or altered is made anew."""
+    path = folder() / "mlir" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.o"
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        stored = b""
+    digest = len(HEADER) + 32
+    body = stored[digest:]
+    if stored.startswith(HEADER) and hashlib.sha256(body).digest() == stored[len(HEADER) : digest]:
+        return body
+    body = make()
+    _write(path, HEADER + hashlib.sha256(body).digest() + body)
+    return body
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all; a folder that cannot be written costs the next process its time, no more."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError:
+        return
