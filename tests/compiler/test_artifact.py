@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmoe_compiler import artifact as artifacts
 from dsmoe_compiler.artifact import Artifact, assemble, load
+from dsmoe_compiler.artifact_files import describe, listed
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets.aoti import PhaseReport
 from dsmoe_compiler.version import __version__
@@ -236,7 +236,7 @@ def test_the_hashes_of_weights_alone_can_be_skipped(folder: Path) -> None:
 def test_a_package_with_a_pickle_in_it_is_refused(folder: Path) -> None:
     with zipfile.ZipFile(folder / "prefill.pt2", "a") as archive:
         archive.writestr("prefill/data/weights/model.pt", "cos\nsystem\n")
-    edit(folder, files={name: artifacts.describe(folder / name) for name in artifacts.listed(folder)})
+    edit(folder, files={name: describe(folder / name) for name in listed(folder)})
     with pytest.raises(ArtifactError, match=r"holds 'prefill/data/weights/model\.pt', which no package of ours does"):
         load(folder)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dsmoe_compiler as dsmoe
-from dsmoe_compiler import artifact as artifacts
+from dsmoe_compiler.artifact_files import describe, listed
 from dsmoe_compiler.cli import main
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.targets.onnx import compiling
@@ -72,7 +72,7 @@ def test_explain_says_that_a_manifest_is_damaged(folder: Path, capsys: pytest.Ca
 def seal(folder: Path) -> None:
     """What somebody does who also knows about the hashes."""
     path = folder / "manifest.json"
-    files = {name: artifacts.describe(folder / name) for name in artifacts.listed(folder)}
+    files = {name: describe(folder / name) for name in listed(folder)}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"files": files}))
 
 
