@@ -183,6 +183,7 @@ def main() -> int:
     torch.set_grad_enabled(False)
     cells: list[dict[str, Any]] = []
     result = {
+        "benchmark": "mlir_experts",
         "command": shlex.join(["python", "-m", "benchmarks.mlir_experts", *sys.argv[1:]]),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "level": best_level().name},
         "versions": {name: package_version(name) for name in ("torch", "torch-mlir", "onnxruntime")}

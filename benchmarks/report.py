@@ -15,18 +15,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_report, onnx_report
+from benchmarks import gpu_report, mlir_report, onnx_report
 from benchmarks.markdown import conditions, table
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-GPU = {
+OF_BENCHMARK = {
     "gpu_experts": gpu_report.experts,
     "gpu_layer": gpu_report.layer,
     "gpu_training": gpu_report.training,
     "gpu_model": gpu_report.model,
     "onnx_gpu": onnx_report.gpu,
     "onnx_model": onnx_report.gpu,
+    "mlir_experts": mlir_report.experts,
+    "mlir_model": mlir_report.model,
 }
 
 
@@ -41,8 +43,8 @@ def tables(folder: Path = RESULTS) -> str:
             parts.append(decode(record))
         elif record.get("benchmark") == "compile_time":
             parts.append(compile_time(record))
-        elif record.get("benchmark") in GPU:
-            parts.append(GPU[record["benchmark"]](record))
+        elif record.get("benchmark") in OF_BENCHMARK:
+            parts.append(OF_BENCHMARK[record["benchmark"]](record))
         elif "runs" in record:
             parts.append(onnx_report.cpu(record))
         elif "layer" in record and "dtypes" in record:
