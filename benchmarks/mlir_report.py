@@ -22,7 +22,8 @@ def experts(record: Record) -> str:
     sizes = record["layer"]
     title = (
         f"**Routed experts through MLIR on a CPU**, H {sizes['hidden']}, I {sizes['width']}, "
-        f"{sizes['experts']} experts, top-{sizes['top_k']}: processor milliseconds of all threads, least of many interleaved rounds; shares of the "
+        f"{sizes['experts']} experts, top-{sizes['top_k']}: processor milliseconds of all threads, least of many "
+        "interleaved rounds; shares of the "
         "measured read bandwidth and peak; ahead of the best other"
     )
     head = ("dtype", "threads", "tokens", *names, "of read", "of peak", "ahead")
