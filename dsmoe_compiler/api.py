@@ -180,7 +180,13 @@ def prove(
     def say(step: str) -> None:
         progress(f"verify: {step}")
 
-    return verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say).require()
+    result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say)
+    if "mlir" in artifact.manifest and result.ok:
+        from dsmoe_compiler.targets.mlir.proof import extend
+
+        say("other levels and libmodel.so")
+        result = extend(result, model, artifact, config)
+    return result.require()
 
 
 def fused_layers(model: Transformer, capture: Capture) -> list[FusedLayer]:

@@ -2,8 +2,8 @@
 
     cc -shared ... library/*.c objects/*.o -lgomp -lm -o libmodel.so
 
-It needs libgomp, libm and libc, holds no text relocations, and exports the functions of model.h alone. Where there is no
-C compiler the artifact is written without it: sources and objects are there, and the manifest says how to link them.
+It needs libgomp, libm and libc, holds no text relocations, and exports the functions of model.h alone. Where there is
+no C compiler the artifact is written without it: sources and objects are there, and the manifest says how to link them.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def link(folder: Path) -> Linked:
     found = compiler()
     command = [*(found or ["cc"]), *FLAGS, *sources, *objects, *LIBRARIES, "-o", LIBRARY]
     # The folder itself holds what its manifest lists, and nothing else.
-    by_hand = f"{shlex.join([*(found or ['cc']), *FLAGS])} {SOURCES}/*.c {OBJECTS}/*.o {' '.join(LIBRARIES)} -o ../{LIBRARY}"
+    wild = f"{SOURCES}/*.c {OBJECTS}/*.o {' '.join(LIBRARIES)} -o ../{LIBRARY}"
+    by_hand = f"{shlex.join([*(found or ['cc']), *FLAGS])} {wild}"
     if found is None:
         asked = os.environ.get("CC", "").strip()
-        why = f"CC is {asked!r}, and there is no such program" if asked else f"none of {', '.join(COMPILERS)} is in PATH"
-        why = f"no C compiler: {why}; install gcc, or name one with CC"
-        return Linked(None, "", by_hand, why)
+        none = f"CC is {asked!r}, and there is no such program" if asked else f"{', '.join(COMPILERS)} are not in PATH"
+        return Linked(None, "", by_hand, f"no C compiler: {none}; install gcc, or name one with CC")
     try:
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         complaint = ran.stderr.strip() if ran.returncode else ""

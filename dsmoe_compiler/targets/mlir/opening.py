@@ -39,7 +39,7 @@ def open_mlir(
     inside: Inside,
     level: str | None = None,
 ) -> Runner:
-    """`level` None: the best one. Raises: ArtifactError, if weights and objects do not fit each other or this machine."""
+    """`level` None: the best one that runs here. Raises: ArtifactError, if something does not fit, or this machine."""
     place = torch.device(device or "cpu")
     if place.type != "cpu":
         raise ArtifactError(f"{folder} was compiled for cpu; it cannot run on {place}")

@@ -1,13 +1,13 @@
 """The mlir format of an artifact: object files, the text they were made of, and all that it takes to call them.
 
-    model.json               each phase: arguments, free dimensions, results, each level's objects in the order of linking
+    model.json               each phase: arguments, free dimensions, results, objects by level in the order of linking
     objects/*.o              a function each; prefill_LEVEL.o and decode_LEVEL.o call the others
     model.mlir               the glue of both phases as linalg, and the programs
     weights/*.safetensors    mapped, not read: several processes share their pages
     libmodel.so, model.h     all objects as a library of C, see linking.py; library/ is its source
 
-An object needs libgomp, libm and libc, and nothing of torch or Python. A function whose name tells no level does the same
-at each of them: that of the least level is kept.
+An object needs libgomp, libm and libc, and nothing of torch or Python. A function whose name tells no level does the
+same at each of them: that of the least level is kept.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def package(
             images.setdefault(function, image)
     for function, image in images.items():
         (folder / OBJECTS / f"{function}.o").write_bytes(image)
-    interfaces = {
-        name: replace(compiled[name, wanted[0].name].schedule.interface(), entry=name) for name in graphs
-    }
+    interfaces = {name: replace(compiled[name, wanted[0].name].schedule.interface(), entry=name) for name in graphs}
     described = {
         name: {
             "objects": {level.name: list(compiled[name, level.name].images) for level in wanted},

@@ -135,7 +135,7 @@ def program(phase: str, interface: Interface, weights: Mapping[str, int], sizes:
     rows, measured = [], []
     for free_number, free in enumerate(interface.free):
         if (free.input, free.dim) != (0, 1):
-            raise TargetError(f"{phase}: size {free.name} of input {free.input} is free; libmodel.so knows prompts' only")
+            raise TargetError(f"{phase}: a size of input {free.input} is free; libmodel.so knows the prompt's alone")
         measured.append(f"sizes[{free_number}] = n;")
     names = {free.name: "n" for free in interface.free}
     outputs = [argument for argument in interface.arguments if argument.kind == "output"]
