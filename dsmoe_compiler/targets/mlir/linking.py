@@ -72,13 +72,13 @@ def link(folder: Path) -> Linked:
         return Linked(None, "", by_hand, f"no C compiler: {none}; install gcc, or name one with CC")
     try:
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        complaint = ran.stderr.strip() if ran.returncode else ""
+        code, complaint = ran.returncode, ran.stderr.strip().splitlines() or ["it said nothing"]
     except OSError as error:
-        complaint = str(error)
-    if complaint:
+        code, complaint = -1, [str(error)]
+    if code:
         (folder / LIBRARY).unlink(missing_ok=True)
-        lines = [line for line in complaint.splitlines() if "error" in line or "cannot find" in line]
-        why = f"{shlex.join(found)} could not link it: {(lines or complaint.splitlines())[0][:300]}"
+        reason = next((line for line in complaint if "error" in line or "cannot find" in line), complaint[0])
+        why = f"{shlex.join(found)} ended with {code} instead of linking it: {reason[:300]}"
         return Linked(None, shlex.join(found), by_hand, why)
     return Linked(LIBRARY, shlex.join(found), by_hand)
 
