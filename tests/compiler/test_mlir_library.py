@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,12 +18,10 @@ pytest.importorskip("torch_mlir")
 
 import dsmoe_compiler as dsmoe
 from dsmoe_compiler.config import CompileConfig
-from dsmoe_compiler.targets.mlir import client, linking
+from dsmoe_compiler.targets.mlir import linking
 from dsmoe_compiler.targets.mlir.proof import called, check_library
-from dsmoe_compiler.targets.mlir.tables import ALWAYS, expression
 from dsmoe_model.checkpoint.shards import read_header, write_shard
 from dsmoe_model.transformer import Transformer, build
-from dsmoe_runtime.errors import ConfigError, TargetError
 from dsmoe_runtime.mlir.levels import LEVELS, cpu_flags
 from tests.compiler.test_mlir_backend import SMALL
 
@@ -233,12 +230,6 @@ def test_a_level_that_the_processor_lacks_is_refused(folder: Path) -> None:
     assert checks[-1]["detail"].startswith("compiled, not run: this processor lacks avx512bw")
 
 
-def test_every_feature_of_a_level_is_asked_for() -> None:
-    known = set(re.findall(r'\{"(\w+)", ', (linking.FIXED / "processor.c").read_text()))
-    for level in LEVELS.values():
-        assert level.flags | {*ALWAYS} <= known
-
-
 def test_it_needs_libc_alone_and_exports_its_header_alone(folder: Path) -> None:
     def listed(*command: str) -> str:
         return subprocess.run([*command, folder / "libmodel.so"], capture_output=True, text=True, check=True).stdout
@@ -315,28 +306,3 @@ def test_a_weight_that_lies_where_its_type_may_not_is_copied(copy: Path) -> None
     linking.write_sources(copy, interfaces, {n: s["weights"] for n, s in phases.items()}, [LEVELS[n] for n in BOTH])
     assert linking.link(copy).missing is None
     assert torch.equal(called(copy, "avx2", [([PROMPT], [[5]])]), before)
-
-
-def test_levels_are_named_once_and_belong_to_mlir() -> None:
-    with pytest.raises(ConfigError, match="name each of avx2, avx512"):
-        CompileConfig(formats=("mlir",), levels=("avx2", "sse"))
-    with pytest.raises(ConfigError, match="belong to format mlir"):
-        CompileConfig(levels=("avx2",), target="cpu")
-    config = CompileConfig(formats=("mlir",), levels=("avx2",))
-    assert CompileConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_sizes_are_written_as_c() -> None:
-    assert expression("4*s27 + s27//2 - s27**2", {"s27": "n"}) == "(((4 * n) + (n / 2)) - (n * n))"
-    with pytest.raises(TargetError, match="no size that C could compute"):
-        expression("2**s27", {"s27": "n"})
-
-
-def test_the_client_needs_nothing_but_the_standard_library() -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    code = f"import runpy, sys; runpy.run_path({client.__file__!r}); print(sorted(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    assert "'ctypes'" in done.stdout
-    assert "torch" not in done.stdout
