@@ -35,7 +35,6 @@ from dsmoe_model.moe import MoE
 from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
 from dsmoe_runtime.errors import ConfigError, NotFusedError, TargetError
-from dsmoe_runtime.mlir.levels import level_named
 
 if TYPE_CHECKING:
     from dsmoe_compiler.targets.mlir.stages import StageText
@@ -181,7 +180,13 @@ def prove(
     def say(step: str) -> None:
         progress(f"verify: {step}")
 
-    return verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say).require()
+    result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say)
+    if "mlir" in artifact.manifest and result.ok:
+        from dsmoe_compiler.targets.mlir.proof import extend
+
+        say("other levels and libmodel.so")
+        result = extend(result, model, artifact, config)
+    return result.require()
 
 
 def fused_layers(model: Transformer, capture: Capture) -> list[FusedLayer]:
@@ -251,8 +256,8 @@ def _package(
         return aoti.package(_phases(capture, config), folder, target=config.target, progress=progress), {}, None
     from dsmoe_compiler.targets.mlir import packaging
 
-    facts = packaging.package(_phases(capture, config), folder, progress=progress)
-    return {}, {"mlir": facts}, packaging.requirement(level_named(facts["level"]))
+    facts = packaging.package(_phases(capture, config), folder, levels=config.levels, progress=progress)
+    return {}, {"mlir": facts}, packaging.requirement(facts)
 
 
 def _phases(capture: Capture, config: CompileConfig) -> Iterator[Phase]:

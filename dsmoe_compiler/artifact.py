@@ -5,7 +5,7 @@
     tokenizer.json, tokenizer_config.json    where the model has a tokenizer
     prefill.pt2, decode.pt2  native code, one package a phase; or
     model.onnx               both phases for ONNX Runtime; or
-    model.json, objects/*.o  both phases through torch-mlir, see targets/mlir/packaging.py
+    model.json, objects/*.o, libmodel.so, ...    both phases through torch-mlir, see targets/mlir/packaging.py
     weights/*.safetensors    one set, for all phases
     report/                  what people look at
 

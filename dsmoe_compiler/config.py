@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dsmoe_runtime.errors import ConfigError, TargetError
+from dsmoe_runtime.mlir.levels import LEVELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TARGETS = ("cpu", "cuda")
@@ -23,6 +24,8 @@ class CompileConfig:
     `formats`: one of them an artifact; "mlir" is for the CPU, through torch-mlir.
     `profile`: of "onnx", for any ONNX Runtime ("portable"; target None is then the
     CPU), for our kernels on a GPU ("ort-cuda"), or by ONNX Runtime's own operator ("ort-contrib").
+    `levels`: of "mlir", the instructions to compile for, "avx2", "avx512" or both in one artifact, which then takes
+    what the processor has; None: the best that this machine has. Each costs its own time of LLVM.
     `functions` False leaves the op's meaning in standard operators out of an "ort-cuda" model.
     `max_seq_len`: positions of the KV cache, prompt and answer together; None: the model's own limit, at most 512 where
     memory is set aside for them. `batch_size`: sequences at a time; "onnx" takes any number of them.
@@ -37,6 +40,7 @@ class CompileConfig:
     dtype: str | None = None
     profile: str = "portable"
     functions: bool = True
+    levels: tuple[str, ...] | None = None
     batch_size: int = 1
     max_seq_len: int | None = None
     strict: bool = False
@@ -60,6 +64,7 @@ class CompileConfig:
         if len(self.formats) > 1:
             raise ConfigError(f"formats is {self.formats!r}; an artifact has one format: compile once for each")
         self._check_profile()
+        self._check_levels()
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         for name in ("batch_size", "max_seq_len"):
@@ -86,6 +91,14 @@ class CompileConfig:
         if self.batch_size != 1:
             raise ConfigError(f"batch_size is {self.batch_size}; an ONNX model takes any number of rows: leave it out")
 
+    def _check_levels(self) -> None:
+        if self.levels is None:
+            return
+        if self.formats != ("mlir",):
+            raise ConfigError(f"levels {self.levels!r} belong to format mlir; formats is {self.formats!r}")
+        if not self.levels or len(set(self.levels)) < len(self.levels) or not set(self.levels) <= set(LEVELS):
+            raise ConfigError(f"levels is {self.levels!r}; name each of {', '.join(LEVELS)} once at most")
+
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """`dtype` as torch has it."""
@@ -106,7 +119,7 @@ class CompileConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {"formats": list(self.formats)}
+        return asdict(self) | {"formats": list(self.formats), "levels": self.levels and list(self.levels)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CompileConfig:
@@ -114,4 +127,6 @@ class CompileConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown compile options: {', '.join(unknown)}")
-        return cls(**values | {"formats": tuple(values.get("formats", ("aoti",)))})
+        levels = values.get("levels")
+        lists = {"formats": tuple(values.get("formats", ("aoti",))), "levels": levels and tuple(levels)}
+        return cls(**values | lists)

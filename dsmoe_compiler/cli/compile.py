@@ -52,6 +52,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", choices=PROFILES, default=PROFILES[0], help="of onnx, what it relies on (portable)"
     )
     parser.add_argument(
+        "--level", type=names, metavar="LEVEL", help="of mlir, the instructions (avx2|avx512; avx2,avx512: both)"
+    )
+    parser.add_argument(
         "--no-function", action="store_true", help="of ort-cuda: without the op's body for other runtimes"
     )
     add_dtype(parser)
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         formats=args.format,
         profile=args.profile,
         functions=not args.no_function,
+        levels=args.level,
         dtype=DTYPES.get(args.dtype),
         batch_size=args.batch_size,
         max_seq_len=args.max_seq_len,
@@ -118,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
     layers, proof = artifact.manifest["layers"], artifact.manifest["verification"]
     fused = sum(layer["fused"] for layer in layers)
     say(f"{args.output}: verified, {byte_size(size)}, {seconds:.1f} s")
+    library = artifact.manifest.get("mlir", {}).get("library", {})
+    if library.get("missing"):
+        say(f"no libmodel.so: {library['missing']}; then, in {args.output}: {library['command']}")
     say(f"{fused} of {plural(len(layers), 'MoE layer')} fused")
     for check in proof["checks"]:
         say(f"  {check['name']}: {check['detail']}")

@@ -20,7 +20,7 @@ from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.targets.mlir.interface import Interface, formula
 from dsmoe_model.transformer import build
 from dsmoe_runtime.errors import ArtifactError, ConfigError
-from dsmoe_runtime.mlir.levels import LEVELS, cpu_flags
+from dsmoe_runtime.mlir.levels import LEVELS, best_level, cpu_flags
 from tests.compiler.test_mlir_backend import SMALL
 
 pytestmark = pytest.mark.skipif(not LEVELS["avx2"].flags <= cpu_flags(), reason="needs AVX2")
@@ -54,7 +54,8 @@ def test_the_manifest_says_what_was_proved_and_what_it_takes_to_run(folder: Path
     assert manifest["processor"]["level"] in LEVELS
     assert "avx2" in manifest["processor"]["features"]
     assert manifest["mlir"]["phases"] == ["prefill", "decode"]
-    assert {"prefill.o", "decode.o"} <= {Path(name).name for name in manifest["files"]}
+    level = manifest["mlir"]["levels"][0]
+    assert {f"objects/prefill_{level}.o", f"objects/decode_{level}.o", "libmodel.so", "model.h"} <= {*manifest["files"]}
 
 
 def test_the_interface_is_data_that_says_how_to_call_it(folder: Path) -> None:
@@ -68,7 +69,9 @@ def test_the_interface_is_data_that_says_how_to_call_it(folder: Path) -> None:
     assert len(caches) == 2 * SMALL.num_hidden_layers
     logits = prefill.arguments[prefill.results[0].argument]  # type: ignore[union-attr]
     assert (logits.kind, logits.shape[-1]) == ("output", SMALL.vocab_size)
-    assert set(phases["prefill"]["objects"]) >= {"prefill"}
+    (level, objects), *others = phases["prefill"]["objects"].items()
+    assert objects[-1] == f"prefill_{level}"
+    assert not others
 
 
 def test_weights_are_mapped_and_not_read(folder: Path) -> None:
@@ -78,10 +81,11 @@ def test_weights_are_mapped_and_not_read(folder: Path) -> None:
     assert any(int(r[0].split("-")[0], 16) <= place < int(r[0].split("-")[1], 16) for r in ranges)
 
 
-@pytest.mark.parametrize("name", ["objects/decode.o", "model.json"])
+@pytest.mark.parametrize("name", ["objects/decode_LEVEL.o", "libmodel.so", "model.json"])
 def test_what_was_altered_is_refused(folder: Path, name: str, tmp_path: Path) -> None:
     other = tmp_path / "copy"
     shutil.copytree(folder, other)
+    name = name.replace("LEVEL", best_level().name)
     content = bytearray((other / name).read_bytes())
     content[len(content) // 2] ^= 1
     (other / name).write_bytes(bytes(content))

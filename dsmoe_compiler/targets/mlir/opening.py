@@ -6,6 +6,7 @@ Nothing is compiled, and torch-mlir is not needed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dsmoe_model.checkpoint import Tokenizer
 from dsmoe_model.checkpoint.json_files import read_json
 from dsmoe_model.checkpoint.shards import DTYPES, read_header
 from dsmoe_runtime.errors import ArtifactError
+from dsmoe_runtime.mlir.levels import LEVELS, cpu_flags
 
 MODEL, OBJECTS = "model.json", "objects"
 LIMIT = 64 * 2**20  # bytes of model.json
@@ -35,21 +37,25 @@ def open_mlir(
     tokenizer: Tokenizer | None,
     device: torch.device | str | None,
     inside: Inside,
+    level: str | None = None,
 ) -> Runner:
-    """Raises: ArtifactError, if weights and objects do not fit each other or this machine."""
+    """`level` None: the best one that runs here. Raises: ArtifactError, if something does not fit, or this machine."""
     place = torch.device(device or "cpu")
     if place.type != "cpu":
         raise ArtifactError(f"{folder} was compiled for cpu; it cannot run on {place}")
-    programs: dict[str, package.Program] = {**open_programs(folder, manifest, inside)}
+    programs: dict[str, package.Program] = {**open_programs(folder, manifest, inside, level)}
     return Runner(*seen, manifest=manifest, tokenizer=tokenizer, programs=programs, device=place)
 
 
-def open_programs(folder: Path, manifest: dict[str, Any], inside: Inside) -> dict[str, Program]:
+def open_programs(
+    folder: Path, manifest: dict[str, Any], inside: Inside, level: str | None = None
+) -> dict[str, Program]:
     """The phases of an artifact, loaded; `inside` is how a file of it is named safely. Raises: ArtifactError."""
     why = processor.missing(manifest["processor"])
     if why:
         raise ArtifactError(f"{folder} cannot run here: {why}. Compile it again on this machine")
     described = read_json(inside(folder, MODEL), limit=LIMIT)
+    level = level or runnable(folder, manifest)[-1]
     stored: dict[str, Tensor] = {}
     for file in sorted((folder / WEIGHTS).iterdir()):
         stored |= mapped_weights(inside(folder, f"{WEIGHTS}/{file.name}"))
@@ -57,13 +63,27 @@ def open_programs(folder: Path, manifest: dict[str, Any], inside: Inside) -> dic
     for phase in PHASES:
         try:
             said = described["phases"][phase]
-            interface = Interface.from_dict(said["interface"])
-            images = {name: inside(folder, f"{OBJECTS}/{name}.o").read_bytes() for name in said["objects"]}
+            interface = replace(Interface.from_dict(said["interface"]), entry=f"{phase}_{level}")
+            objects = said["objects"][level]
+            images = {name: inside(folder, f"{OBJECTS}/{name}.o").read_bytes() for name in objects}
             weights = {own: stored[name] for own, name in said["weights"].items()}
             programs[phase] = Program(interface, images, checked(interface, weights))
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{folder} is damaged: {MODEL} lacks {error} of phase {phase}") from None
     return programs
+
+
+def runnable(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """The levels of an artifact that this processor can run, the best one last. Raises: ArtifactError."""
+    try:
+        named = [LEVELS[name] for name in manifest["mlir"]["levels"]]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder} is damaged: its manifest tells no levels ({error})") from None
+    fitting = [level.name for level in named if level.flags <= cpu_flags()]
+    if not fitting:
+        held = ", ".join(level.name for level in named)
+        raise ArtifactError(f"{folder} cannot run here: it holds {held or 'no level'}, and this CPU has less")
+    return fitting
 
 
 def checked(interface: Interface, weights: dict[str, Tensor]) -> dict[str, Tensor]:

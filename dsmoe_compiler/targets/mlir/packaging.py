@@ -1,62 +1,104 @@
 """The mlir format of an artifact: object files, the text they were made of, and all that it takes to call them.
 
-    model.json               each phase: arguments, free dimensions, results, the objects in the order of linking
-    objects/*.o              a function each; prefill.o and decode.o call the others
+    model.json               each phase: arguments, free dimensions, results, objects by level in the order of linking
+    objects/*.o              a function each; prefill_LEVEL.o and decode_LEVEL.o call the others
     model.mlir               the glue of both phases as linalg, and the programs
     weights/*.safetensors    mapped, not read: several processes share their pages
+    libmodel.so, model.h     all objects as a library of C, see linking.py; library/ is its source
 
-An object needs libgomp, libm and libc, and nothing of torch or Python.
+An object needs libgomp, libm and libc, and nothing of torch or Python. A function whose name tells no level does the
+same at each of them: that of the least level is kept.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from dsmoe_compiler.phases import Phase
+from dsmoe_compiler.targets.mlir.linking import Linked, link, write_sources
 from dsmoe_compiler.targets.mlir.opening import MODEL, OBJECTS
 from dsmoe_compiler.targets.mlir.program import Compiled, compile_plan
 from dsmoe_compiler.targets.mlir.schedule import schedule
 from dsmoe_compiler.targets.mlir.stages import show
+from dsmoe_compiler.targets.mlir.tables import entry_name
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
 from dsmoe_compiler.targets.workers import Progress
 from dsmoe_model.checkpoint.json_files import write_json
-from dsmoe_runtime.mlir.levels import Level, best_level
+from dsmoe_runtime.mlir.levels import LEVELS, Level, best_level, level_named
 
 TEXT = "model.mlir"
 
 
-def package(phases: Iterable[Phase], folder: Path, *, progress: Progress) -> dict[str, Any]:
-    """Compile the phases into `folder`: the manifest's entry about them. Raises: TargetError."""
-    level = best_level()
+def package(
+    phases: Iterable[Phase], folder: Path, *, levels: Sequence[str] | None, progress: Progress
+) -> dict[str, Any]:
+    """Compile the phases into `folder`: the manifest's entry about them. `levels` None: the best one of this machine.
+
+    Raises: TargetError.
+    """
+    wanted = chosen(levels)
     graphs: dict[str, fx.GraphModule] = {}
     with ThreadPoolExecutor(1) as pool:  # LLVM compiles one phase while the next is captured
-        jobs: dict[str, Future[Compiled]] = {}
+        jobs: dict[tuple[str, str], Future[Compiled]] = {}
         for phase in phases:
-            progress(f"{phase.name}: torch-mlir, then LLVM")
             graphs[phase.name] = phase.graph
-            jobs[phase.name] = pool.submit(compile_plan, schedule(phase.graph, phase.name, level), level)
-        compiled = {name: job.result() for name, job in jobs.items()}
-    texts = [show(graph, name, "linalg", level=level).text for name, graph in graphs.items()]
+            for level in wanted:
+                progress(f"{phase.name}: torch-mlir, then LLVM for {level.name}")
+                plan = schedule(phase.graph, entry_name(phase.name, level), level)
+                jobs[phase.name, level.name] = pool.submit(compile_plan, plan, level)
+        compiled = {place: job.result() for place, job in jobs.items()}
+    texts = [show(graph, name, "linalg", level=wanted[-1]).text for name, graph in graphs.items()]
     (folder / OBJECTS).mkdir()
     names = write_weights(graphs, folder / WEIGHTS, progress=progress)
-    described, seconds = {}, {}
-    for name, one in compiled.items():
+    images: dict[str, bytes] = {}
+    for one in compiled.values():  # the least level comes first
         for function, image in one.images.items():
-            (folder / OBJECTS / f"{function}.o").write_bytes(image)
-        interface = one.schedule.interface().to_dict()
-        described[name] = {"objects": list(one.images), "interface": interface, "weights": names[name]}
-        seconds[name] = one.seconds
+            images.setdefault(function, image)
+    for function, image in images.items():
+        (folder / OBJECTS / f"{function}.o").write_bytes(image)
+    interfaces = {name: replace(compiled[name, wanted[0].name].schedule.interface(), entry=name) for name in graphs}
+    described = {
+        name: {
+            "objects": {level.name: list(compiled[name, level.name].images) for level in wanted},
+            "interface": interface.to_dict(),
+            "weights": names[name],
+        }
+        for name, interface in interfaces.items()
+    }
     write_json(folder / MODEL, {"phases": described})
     (folder / TEXT).write_text("\n// -----\n".join(texts))
-    return {"level": level.name, "seconds": seconds, "phases": list(compiled)}
+    write_sources(folder, interfaces, names, wanted)
+    linked = link(folder)
+    say(linked, progress)
+    return {
+        "levels": [level.name for level in wanted],
+        "seconds": {f"{name}, {level}": one.seconds for (name, level), one in compiled.items()},
+        "phases": list(graphs),
+        "library": linked.to_dict(),
+    }
 
 
-def requirement(level: Level) -> dict[str, Any]:
-    """What a machine must be, as the manifest has it."""
+def chosen(names: Sequence[str] | None) -> list[Level]:
+    """The levels to compile for, the least first."""
+    return [best_level()] if names is None else sorted(map(level_named, names), key=[*LEVELS.values()].index)
+
+
+def say(linked: Linked, progress: Progress) -> None:
+    """Tell whether there is a library."""
+    if linked.missing is None:
+        progress(f"{linked.library}: linked by {linked.compiler}")
+    else:
+        progress(f"no libmodel.so: {linked.missing}. In the artifact's folder: {linked.command}")
+
+
+def requirement(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a machine must be, as the manifest has it: that of the least level."""
+    level = level_named(facts["levels"][0])
     return {"machine": platform.machine(), "level": level.name, "features": sorted(level.flags)}

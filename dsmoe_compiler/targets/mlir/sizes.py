@@ -71,6 +71,8 @@ class SizeCode:
         operation = {sympy.Add: self.code.add, sympy.Mul: self.code.mul}.get(type(size))
         if operation is None and type(size).__name__ in ("FloorDiv", "CleanDiv", "PythonMod", "Mod"):
             operation = self.code.rem if "Mod" in type(size).__name__ else self.code.div
+        if operation is None and type(size).__name__ in ("Min", "Max"):  # strides of what may hold one row
+            operation = self.code.least if type(size).__name__ == "Min" else self.code.most
         if operation is None and size.is_Pow and size.exp.is_Integer and size.exp > 0:
             operation, arguments = self.code.mul, [size.base] * int(size.exp)
         else:
