@@ -11,8 +11,7 @@ An object needs libgomp, libm and libc, and nothing of torch or Python.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import fx
 
 from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.targets.mlir.opening import MODEL, OBJECTS
-from dsmoe_compiler.targets.mlir.program import Compiled, compile_plan
+from dsmoe_compiler.targets.mlir.program import Compiled, Objects
 from dsmoe_compiler.targets.mlir.schedule import schedule
 from dsmoe_compiler.targets.mlir.stages import show
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
@@ -35,13 +34,14 @@ def package(phases: Iterable[Phase], folder: Path, *, progress: Progress) -> dic
     """Compile the phases into `folder`: the manifest's entry about them. Raises: TargetError."""
     level = best_level()
     graphs: dict[str, fx.GraphModule] = {}
-    with ThreadPoolExecutor(1) as pool:  # LLVM compiles one phase while the next is captured
-        jobs: dict[str, Future[Compiled]] = {}
+    with Objects(level) as objects:  # LLVM compiles one phase while the next is captured
+        jobs: dict[str, Callable[[], Compiled]] = {}
         for phase in phases:
             progress(f"{phase.name}: torch-mlir, then LLVM")
             graphs[phase.name] = phase.graph
-            jobs[phase.name] = pool.submit(compile_plan, schedule(phase.graph, phase.name, level), level)
-        compiled = {name: job.result() for name, job in jobs.items()}
+            jobs[phase.name] = objects.start(schedule(phase.graph, phase.name, level))
+        made = {name: result() for name, result in reversed(jobs.items())}
+    compiled = {name: made[name] for name in jobs}
     texts = [show(graph, name, "linalg", level=level).text for name, graph in graphs.items()]
     (folder / OBJECTS).mkdir()
     names = write_weights(graphs, folder / WEIGHTS, progress=progress)
