@@ -12,16 +12,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from dsmoe_compiler import artifact as artifacts
 from dsmoe_compiler.artifact import Artifact, load
-from dsmoe_compiler.capture import MOE_OP, Capture, explain_module
+from dsmoe_compiler.capture import Capture, explain_module
+from dsmoe_compiler.compiled import entries
+from dsmoe_compiler.compiled.reuse import Built, fused_layers, keep, key_if_cached, reuse
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.explanation import Explanation
 from dsmoe_compiler.huggingface.folder import Pretrained, is_for_transformers, is_pretrained, load_folder, structure_of
@@ -31,10 +32,9 @@ from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
 from dsmoe_compiler.verify import FusedLayer, Verification, verify
 from dsmoe_model.checkpoint import open_checkpoint
-from dsmoe_model.moe import MoE
 from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
-from dsmoe_runtime.errors import ConfigError, NotFusedError, TargetError
+from dsmoe_runtime.errors import ArtifactError, ConfigError, NotFusedError, TargetError, VerificationError
 
 if TYPE_CHECKING:
     from dsmoe_compiler.targets.mlir.stages import StageText
@@ -75,15 +75,44 @@ def compile(
     assert config.target is not None
     transformer = loaded.model.to(config.target).eval()
     capacity = config.capacity(loaded.config.max_position_embeddings)
-    stage = Stage()
+    key = key_if_cached(transformer, config, capacity)
     try:
-        capture = Capture(
-            transformer, batch=config.batch_size, capacity=capacity, debug=config.debug, progress=progress
-        )
-        phases, facts, processor = _package(capture, config, stage.path, progress)
+        return _compile(loaded, transformer, config, capacity, key, progress)
+    except FromCacheError as error:
+        assert key is not None
+        entries.remove(key)
+        log.warning("what the cache held of this model is not the model (%s): compiling it anew", error)
+        return _compile(loaded, transformer, config, capacity, key, progress)
+
+
+class FromCacheError(Exception):
+    """What came out of the cache could not be opened or proved."""
+
+
+def _compile(
+    loaded: Loaded,
+    transformer: Transformer,
+    config: CompileConfig,
+    capacity: int,
+    key: str | None,
+    progress: Callable[[str], None],
+) -> Artifact:
+    """Take the model from the cache, or capture and compile it; prove it either way."""
+    assert config.target is not None
+    stage, capture = Stage(), None
+    try:
+        built = None if key is None else reuse(key, transformer, stage.path, progress)
+        if built is None:
+            capture = Capture(
+                transformer, batch=config.batch_size, capacity=capacity, debug=config.debug, progress=progress
+            )
+            phases, facts, processor = _package(capture, config, stage.path, progress)
+            facts |= artifacts.facts_of(config, capture.explanation())
+            built = Built(phases, facts, processor, fused_layers(capture))
+            files = artifacts.listed(stage.path)
         artifact = artifacts.assemble(
             stage,
-            phases,
+            built.phases,
             config=loaded.config.to_dict() | {"model_type": artifacts.MODEL_TYPE},
             tokenizer=loaded.tokenizer,
             target=config.target,
@@ -91,12 +120,19 @@ def compile(
             batch_size=config.batch_size,
             capacity=capacity,
             source=loaded.source,
-            facts=facts | artifacts.facts_of(config, capture.explanation()),
-            processor=processor,
+            facts=built.facts | {"options": config.to_dict()},
+            processor=built.processor,
         )
         if config.verify:
-            result = prove(transformer, artifact, capture, config, progress)
+            try:
+                result = prove(transformer, artifact, built.layers, config, progress)
+            except (VerificationError, ArtifactError) as error:
+                if capture is None:
+                    raise FromCacheError(error) from error
+                raise
             artifact.manifest["verification"] = result.to_dict()
+        if key is not None and capture is not None:
+            keep(key, built, capture, stage.path, files)
     except BaseException:
         stage.discard()
         raise
@@ -173,43 +209,24 @@ def show_stage(
 
 
 def prove(
-    model: Transformer, artifact: Artifact, capture: Capture, config: CompileConfig, progress: Callable[[str], None]
+    model: Transformer,
+    artifact: Artifact,
+    layers: list[FusedLayer],
+    config: CompileConfig,
+    progress: Callable[[str], None],
 ) -> Verification:
     """Verify an artifact before it is published. Raises: VerificationError; its `.result` has the numbers."""
 
     def say(step: str) -> None:
         progress(f"verify: {step}")
 
-    result = verify(model, artifact.runner(), fused_layers(model, capture), config=config, progress=say)
+    result = verify(model, artifact.runner(), layers, config=config, progress=say)
     if "mlir" in artifact.manifest and result.ok:
         from dsmoe_compiler.targets.mlir.proof import extend
 
         say("other levels and libmodel.so")
         result = extend(result, model, artifact, config)
     return result.require()
-
-
-def fused_layers(model: Transformer, capture: Capture) -> list[FusedLayer]:
-    """The layers that became one `dsmoe::moe`, each as a function of its tokens with the weights in the graph."""
-    graph = list(capture.graphs.values())[-1]
-    layers = []
-    for name, node in capture.operators().items():
-        module = model.get_submodule(name)
-        if node.target is MOE_OP and isinstance(module, MoE):
-            alone = operator(graph, node, shared=False) if node.args[-2] is not None else None
-            layers.append(FusedLayer(name, module, operator(graph, node, shared=True), alone))
-    return layers
-
-
-def operator(graph: fx.GraphModule, node: fx.Node, *, shared: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`x [T, H]` -> what the graph's `dsmoe::moe` gives for it, with or without its shared experts."""
-    operands = [
-        operand if not isinstance(operand, fx.Node) else reduce(getattr, str(operand.target).split("."), graph)
-        for operand in node.args[1:]
-    ]
-    if not shared:
-        operands[-3:] = [None, None, None]
-    return lambda x: MOE_OP(x, *operands)
 
 
 def as_loaded(model: Model, config: CompileConfig) -> Loaded | Pretrained:

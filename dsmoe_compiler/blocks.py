@@ -1,9 +1,9 @@
 """Mixture-of-experts blocks of a model: found, captured once for each kind, and put back as raised graphs.
 
 A loop over 64 experts unrolls into 1,400 nodes. Tracing it in every layer of a deep model would take minutes, so each
-kind of block (same class, same settings, same shapes) is traced once, alone, with a free number of tokens; the passes
-raise its loop; and while the whole model is traced, every block of that kind runs the raised graph on its own
-weights.
+kind of block (same class, same settings, same shapes) is traced once, alone, with a free number of tokens, and of its
+loop a few turns (see `turns`); the passes raise the loop; and while the whole model is traced, every block of that
+kind runs the raised graph on its own weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from dsmoe_compiler.turns import TRACED, regular_loop, write_out
 from dsmoe_passes import pipeline
 from dsmoe_passes.canonicalise import canonicalise
 from dsmoe_passes.match_experts import match_experts
@@ -111,16 +112,15 @@ def why_not(block: Block, model: nn.Module) -> str | None:
 
 def raise_block(block: Block, *, dump: str | None = None, debug: bool = False) -> Raised:
     """Trace one block with a free number of tokens, and run the raising passes over its graph."""
-    free = _free_dimensions(block.args)
     try:
-        # Every expert brings a size of its own, so no fake tensor is met twice: its cache costs two fifths of the time.
-        with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-            program = torch.export.export(block.module, block.args, dynamic_shapes=free, strict=False)
+        program = _export(block)
     except (UserError, GuardOnDataDependentSymNode, RuntimeError, ValueError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Raised(reason=f"torch.export cannot trace it: {first_line}")
-    graph = program.graph_module
-    probe = _probe_of(block, program) if debug else None
+    graph, probe = program.graph_module, None
+    if debug:
+        graph.recompile()
+        probe = _probe_of(block, program)
     steps = tuple(pipeline.run(graph, passes=RAISING, dump=dump, probe=probe))
     if graph.graph.find_nodes(op="call_function", target=torch.ops.dsmoe.experts.default):
         inputs = tuple(spec.target or "" for spec in program.graph_signature.input_specs)
@@ -129,6 +129,24 @@ def raise_block(block: Block, *, dump: str | None = None, debug: bool = False) -
     if refused:
         return Raised(steps=steps, reason=refused[0].because, node=refused[0].node)
     return Raised(steps=steps, reason="no loop over experts was found in its graph")
+
+
+def _export(block: Block) -> torch.export.ExportedProgram:
+    """The block with a free number of tokens, its loop over experts traced for a few of them if all turns are alike."""
+    count = regular_loop(block.module, block.args)
+    if count is not None:
+        with count.set_to(TRACED):
+            program = _export_whole(block)
+        if write_out(program.graph, count.value):
+            return program
+    return _export_whole(block)
+
+
+def _export_whole(block: Block) -> torch.export.ExportedProgram:
+    # Every expert brings a size of its own, so no fake tensor is met twice: its cache costs two fifths of the time.
+    with torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        free = _free_dimensions(block.args)
+        return torch.export.export(block.module, block.args, dynamic_shapes=free, strict=False)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Without a GPU Triton's kernels run in its interpreter, which must be asked for before anything imports Triton."""
+"""Triton's kernels run in its interpreter without a GPU, asked for before its import; compiles are not cached."""
 
 from __future__ import annotations
 
@@ -10,3 +10,5 @@ import torch
 # kernels for a GPU that is not here starts a process without the variable.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Tests change what compiles in place, which no key tells of; those of the cache turn it on.
+os.environ.setdefault("DSMOE_COMPILE_CACHE", "0")

@@ -24,6 +24,13 @@ def write_weights(
     graphs: dict[str, fx.GraphModule], folder: Path, *, progress: Callable[[str], None]
 ) -> dict[str, dict[str, str]]:
     """Write every tensor that the graphs read, each once: phase -> its name in the graph -> its name in `folder`."""
+    stored, names = stored_weights(graphs)
+    write_shards(stored, folder, progress=progress)
+    return names
+
+
+def stored_weights(graphs: dict[str, fx.GraphModule]) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+    """Every tensor that the graphs read by the name it is stored under, and phase -> its name in the graph -> that."""
     stored: dict[str, Tensor] = {}
     names: dict[str, dict[str, str]] = {}
     for phase, graph in graphs.items():
@@ -42,8 +49,7 @@ def write_weights(
                 raise TargetError(f"{phase}: the name {phase}.{target!r} is taken by another weight")
             stored[name] = tensor
             names[phase][target] = name
-    write_shards(stored, folder, progress=progress)
-    return names
+    return stored, names
 
 
 def write_shards(stored: dict[str, Tensor], folder: Path, *, progress: Callable[[str], None]) -> None:

@@ -5,10 +5,12 @@ Before                                                       After
   y_TH, i_TK = dsmoe.moe(..., both_2SH, down_HS, None)          y_TH, i_TK = dsmoe.moe(..., both_2SH, down_HS, None)
 
 Only in graphs that hold their parameters (`get_attr`); the parameters that nothing reads any more are dropped, so
-that the packed copy replaces them. Numbers do not change.
+that the packed copy replaces them; its `packed_from` says what it was made of. Numbers do not change.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -42,7 +44,9 @@ def pack(gm: fx.GraphModule, node: fx.Node) -> str:
     path, _, leaf = str(parts[0].target).rpartition(".")
     owner = gm.get_submodule(path)
     name = f"{leaf}_packed"
-    owner.register_parameter(name, nn.Parameter(packed, requires_grad=False))
+    parameter: Any = nn.Parameter(packed, requires_grad=False)
+    parameter.packed_from = (tuple(str(part.target) for part in parts), dim)
+    owner.register_parameter(name, parameter)
     target = f"{path}.{name}" if path else name
     with gm.graph.inserting_before(min(parts)):
         attribute = gm.graph.get_attr(target)

@@ -13,8 +13,8 @@ same at each of them: that of the least level is kept.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch import fx
 from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.targets.mlir.linking import Linked, link, write_sources
 from dsmoe_compiler.targets.mlir.opening import MODEL, OBJECTS
-from dsmoe_compiler.targets.mlir.program import Compiled, compile_plan
+from dsmoe_compiler.targets.mlir.program import Compiled, Objects
 from dsmoe_compiler.targets.mlir.schedule import schedule
 from dsmoe_compiler.targets.mlir.stages import show
 from dsmoe_compiler.targets.mlir.tables import entry_name
@@ -45,15 +45,17 @@ def package(
     """
     wanted = chosen(levels)
     graphs: dict[str, fx.GraphModule] = {}
-    with ThreadPoolExecutor(1) as pool:  # LLVM compiles one phase while the next is captured
-        jobs: dict[tuple[str, str], Future[Compiled]] = {}
+    with ExitStack() as stack:  # LLVM compiles one phase while the next is captured
+        objects = {level.name: stack.enter_context(Objects(level)) for level in wanted}
+        jobs: dict[tuple[str, str], Callable[[], Compiled]] = {}
         for phase in phases:
             graphs[phase.name] = phase.graph
             for level in wanted:
                 progress(f"{phase.name}: torch-mlir, then LLVM for {level.name}")
                 plan = schedule(phase.graph, entry_name(phase.name, level), level)
-                jobs[phase.name, level.name] = pool.submit(compile_plan, plan, level)
-        compiled = {place: job.result() for place, job in jobs.items()}
+                jobs[phase.name, level.name] = objects[level.name].start(plan)
+        made = {place: result() for place, result in reversed(jobs.items())}
+    compiled = {place: made[place] for place in jobs}
     texts = [show(graph, name, "linalg", level=wanted[-1]).text for name, graph in graphs.items()]
     (folder / OBJECTS).mkdir()
     names = write_weights(graphs, folder / WEIGHTS, progress=progress)

@@ -14,6 +14,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -49,28 +50,69 @@ class Compiled:
 def compile_graph(graph: fx.GraphModule, name: str, *, level: Level | None = None) -> Compiled:
     """Compile a graph to objects, that of the entry point `name` last, or find them in the cache."""
     level = level or best_level()
-    return compile_plan(schedule(graph, name, level), level)
+    with Objects(level) as objects:
+        return objects.start(schedule(graph, name, level))()
 
 
-def compile_plan(plan: Schedule, level: Level) -> Compiled:
-    """`compile_graph` of what has been scheduled; most of it runs beside other Python threads."""
-    seconds, name = {"schedule": plan.seconds}, plan.name
+class Objects:
+    """Compiles plans, every function once. One thread does so while the next plan is made: with more, Python, which
+    makes it, would wait. Who then waits for results takes over what has not begun: LLVM works outside Python's lock.
+    """
 
-    def compiled(source: str, entry: str) -> bytes:
-        start = time.perf_counter()
-        image = compile_object(source, level, entry)
-        seconds["llvm"] = seconds.get("llvm", 0.0) + time.perf_counter() - start
-        return image
+    def __init__(self, level: Level) -> None:
+        self.level = level
+        self.versions = (compiler_version(), level.cpu, level.features)
+        self.pool = ThreadPoolExecutor(1)
+        self.jobs: dict[str, Job] = {}
 
-    versions = (compiler_version(), level.cpu, level.features)
-    images = {}
-    for one in plan.functions.values():
+    def __enter__(self) -> Objects:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def start(self, plan: Schedule) -> Callable[[], Compiled]:
+        """Begin to compile; what comes back waits for the end."""
+        seconds = {"schedule": plan.seconds}
+        jobs = {one.name: self.function(one, seconds) for one in plan.functions.values()}
+        key = "\n".join((*self.versions, torch.__version__, *lowering.VERSION, plan.key))
+        jobs[plan.name] = self.job(key, lambda: program_module(plan, lower_all(plan, seconds)), plan.name, seconds)
+
+        def result() -> Compiled:
+            made = {name: job() for name, job in reversed(jobs.items())}  # from the end that the other thread is not at
+            return Compiled(plan, self.level, {name: made[name] for name in jobs}, seconds)
+
+        return result
+
+    def function(self, one: function.Function, seconds: dict[str, float]) -> Job:
         source = function.module([one])
-        key = "\n".join((*versions, source))
-        images[one.name] = cache.cached(key, lambda source=source, one=one: compiled(source, one.name))  # type: ignore[misc]
-    key = "\n".join((*versions, torch.__version__, *lowering.VERSION, plan.key))
-    images[name] = cache.cached(key, lambda: compiled(program_module(plan, lower_all(plan, seconds)), name))
-    return Compiled(plan, level, images, seconds)
+        return self.job("\n".join((*self.versions, source)), lambda: source, one.name, seconds)
+
+    def job(self, key: str, source: Callable[[], str], entry: str, seconds: dict[str, float]) -> Job:
+        """The object of an entry point, from the cache, from another phase or made now."""
+
+        def make() -> bytes:
+            text, start = source(), time.perf_counter()
+            image = compile_object(text, self.level, entry)
+            seconds["llvm"] = seconds.get("llvm", 0.0) + time.perf_counter() - start
+            return image
+
+        if key not in self.jobs:
+            self.jobs[key] = Job(self.pool, lambda: cache.cached(key, make))
+        return self.jobs[key]
+
+
+class Job:
+    """An object file in the making; a call waits for it, or makes it where nobody has begun to."""
+
+    def __init__(self, pool: ThreadPoolExecutor, make: Callable[[], bytes]) -> None:
+        self.make, self.future = make, pool.submit(make)
+        self.image: bytes | None = None
+
+    def __call__(self) -> bytes:
+        if self.image is None:
+            self.image = self.make() if self.future.cancel() else self.future.result()
+        return self.image
 
 
 def lower_all(plan: Schedule, seconds: dict[str, float]) -> dict[str, Glued]:

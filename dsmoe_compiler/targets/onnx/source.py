@@ -57,10 +57,10 @@ class ReferenceSource:
 
     def check(self, device: torch.device) -> Callable[[RunnerLike, CompileConfig, Say], Verification]:
         """What holds a runner on `device` against the model; the second and later ones spare the fused layers."""
-        from dsmoe_compiler.api import fused_layers
+        from dsmoe_compiler.compiled.reuse import fused_layers
 
         self.model = self.model.to(device)
-        layers: list[FusedLayer] = fused_layers(self.model, self.capture) if device.type == "cpu" else []
+        layers: list[FusedLayer] = fused_layers(self.capture) if device.type == "cpu" else []
 
         def run(runner: RunnerLike, config: CompileConfig, say: Say) -> Verification:
             found = verify(self.model, runner, list(layers), config=config, progress=say, allowance=OTHER_KERNELS)
