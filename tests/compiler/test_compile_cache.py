@@ -20,7 +20,7 @@ from dsmoe_compiler.config import CompileConfig
 from dsmoe_model import experts
 from dsmoe_model.experts import RoutedExperts
 from dsmoe_model.transformer import Transformer, build
-from dsmoe_runtime.mlir.levels import LEVELS, cpu_flags
+from dsmoe_runtime.mlir.levels import LEVELS, best_level, cpu_flags
 from tests.compiler.test_mlir_backend import SMALL
 
 pytestmark = pytest.mark.skipif(not LEVELS["avx2"].flags <= cpu_flags(), reason="needs AVX2")
@@ -182,7 +182,7 @@ def test_what_cannot_be_told_is_not_cached_and_says_so(
     assert said in caplog.text
 
 
-@pytest.mark.parametrize("name", ["entry.json", "model.json", "objects/prefill.o"])
+@pytest.mark.parametrize("name", ["entry.json", "model.json", f"objects/prefill_{best_level().name}.o"])
 def test_a_damaged_entry_is_named_and_made_anew(cache: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     known = key_of(model())
     assert known is not None
