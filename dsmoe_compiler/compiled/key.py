@@ -22,6 +22,7 @@ from dsmoe_compiler.compiled.fingerprint import OURS, Unusual, fingerprint
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.targets import aoti
 from dsmoe_model.transformer import Transformer
+from dsmoe_runtime.cache import cache_folder
 from dsmoe_runtime.mlir.levels import best_level
 
 ENTRY_VERSION = "1"  # of what an entry holds
@@ -78,5 +79,6 @@ def machine(config: CompileConfig) -> dict[str, Any]:
         "processor": aoti.requirement(config.target or "cpu"),
         "threads": torch.get_num_threads(),
         "environment": asked,
+        "tuned": {path.name: path.read_text(errors="replace") for path in cache_folder("tuned").glob("*.json")},
         "inductor": {name: repr(value) for name, value in sorted(options.items())},
     }

@@ -129,7 +129,7 @@ def test_debug_mode_compares_numbers_after_each_pass() -> None:
     ("options", "message"),
     [
         ({"target": "tpu"}, "target is 'tpu'; it must be one of cpu, cuda"),
-        ({"formats": ("mlir",)}, "this version writes aoti, onnx"),
+        ({"formats": ("tensorrt",)}, "this version writes aoti, onnx, mlir"),
         ({"formats": ("aoti", "onnx")}, "an artifact has one format"),
         ({"formats": ("onnx",), "profile": "ort-rocm"}, "profile is 'ort-rocm'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),

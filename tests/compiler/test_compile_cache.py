@@ -253,3 +253,11 @@ def test_a_folder_that_others_may_write_to_is_not_used(
     (tmp_path / "compiled").chmod(0o777)
     assert entries.folder() is None
     assert "others than you" in caplog.text
+
+
+def test_a_table_of_tuned_tiles_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMOE_CACHE_DIR", str(tmp_path))
+    before = key.machine(CompileConfig(target="cpu"))
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "h200_132_bfloat16_triton3.6.json").write_text("{}")
+    assert key.machine(CompileConfig(target="cpu")) != before

@@ -8,18 +8,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from dsmoe_runtime.cache import cache_folder
+
 HEADER = b"dsmoe object 1\n"
-
-
-def folder() -> Path:
-    """$DSMOE_CACHE_DIR, or dsmoe in the user's cache."""
-    own = os.environ.get("DSMOE_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmoe"
 
 
 def cached(key: str, make: Callable[[], bytes]) -> bytes:
     """What `make` returned for this key before, or now. A file that is cut short or altered is made anew."""
-    path = folder() / "mlir" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.o"
+    path = cache_folder("mlir") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.o"
     try:
         stored = path.read_bytes()
     except OSError:
