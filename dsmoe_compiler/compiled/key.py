@@ -21,6 +21,7 @@ import torch
 from dsmoe_compiler.compiled.fingerprint import OURS, Unusual, fingerprint
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.targets import aoti
+from dsmoe_compiler.targets.mlir.linking import compiler
 from dsmoe_model.transformer import Transformer
 from dsmoe_runtime.cache import cache_folder
 from dsmoe_runtime.mlir.levels import best_level
@@ -70,7 +71,7 @@ def version(package: str) -> str:
 def machine(config: CompileConfig) -> dict[str, Any]:
     """What code is generated for, and what steers the generators from outside."""
     if config.formats == ("mlir",):
-        return {"machine": platform.machine(), "level": best_level().name}
+        return {"machine": platform.machine(), "level": best_level().name, "compiler": compiler()}
     import torch._inductor.config as inductor
 
     asked = {k: v for k, v in os.environ.items() if k.startswith(SWITCHES) and k not in NOT_SWITCHES}

@@ -73,7 +73,11 @@ def reuse(key: str, model: Transformer, folder: Path, progress: Callable[[str], 
 
 
 def keep(key: str, built: Built, capture: Capture, folder: Path, files: list[str]) -> None:
-    """Put a compile, `files` of `folder`, into the cache, if all of its weights can be found again."""
+    """Put a compile, `files` of `folder`, into the cache, if it is whole and its weights can be found again."""
+    missing = built.facts.get("mlir", {}).get("library", {}).get("missing")
+    if missing:  # mended from outside, and then a compile shall try again
+        log.info("what was compiled is not cached: it has no library (%s)", missing)
+        return
     try:
         said = _describe(built, capture)
     except Unusual as why:

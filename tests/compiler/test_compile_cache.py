@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -261,3 +262,11 @@ def test_a_table_of_tuned_tiles_is_part_of_the_key(tmp_path: Path, monkeypatch: 
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "h200_132_bfloat16_triton3.6.json").write_text("{}")
     assert key.machine(CompileConfig(target="cpu")) != before
+
+
+def test_a_compile_without_its_library_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSMOE_CACHE_DIR", str(tmp_path))
+    built = reuse.Built({}, {"mlir": {"library": {"missing": "no C compiler"}}}, None, [])
+    capture: Any = None  # it is not looked at
+    reuse.keep("key", built, capture, tmp_path, [])
+    assert not list(tmp_path.rglob("entry.json"))
