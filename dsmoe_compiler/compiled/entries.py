@@ -14,14 +14,13 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dsmoe_model.checkpoint.json_files import PLAIN_NAME
-from dsmoe_runtime.cache import cache_folder
+from dsmoe_runtime.cache import cache_folder, writable_by_others
 
 log = logging.getLogger(__name__)
 ENTRY = "entry.json"
@@ -47,18 +46,15 @@ def folder() -> Path | None:
     """Where entries are, made if need be; None, and a warning, if others than this user may write there."""
     root = cache_folder("compiled")
     try:
-        for path in (root.parent, root):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            status = path.stat()
-            if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                log.warning(
-                    "%s belongs to user %d, mode %o: others than you (user %d) may write there, so nothing compiled is "
-                    "taken from it or kept in it; name a folder of your own with DSMOE_CACHE_DIR",
-                    path, status.st_uid, stat.S_IMODE(status.st_mode), os.getuid(),
-                )  # fmt: skip
-                return None
+        others = writable_by_others(root)
     except OSError as error:
         log.warning("%s cannot be used (%s): nothing compiled is cached", root, error.strerror)
+        return None
+    if others:
+        log.warning(
+            "%s, so nothing compiled is taken from it or kept in it; name a folder of your own with DSMOE_CACHE_DIR",
+            others,
+        )
         return None
     return root
 

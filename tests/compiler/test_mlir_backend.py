@@ -15,28 +15,15 @@ import torch._dynamo
 from dsmoe_compiler import backend
 from dsmoe_compiler.targets.mlir import jit
 from dsmoe_model.moe import MoE
-from dsmoe_model.presets import preset
 from dsmoe_model.transformer import build
 from dsmoe_runtime.agreement import OTHER_KERNELS, assert_within_budget, within_budget
 from dsmoe_runtime.errors import ConfigError
 from dsmoe_runtime.mlir.levels import LEVELS, cpu_flags
+from tests.compiler.test_backend import SMALL
 from tests.runtime.op_cases import layer_of, normal, small_config, weight
 
 pytestmark = pytest.mark.skipif(not LEVELS["avx2"].flags <= cpu_flags(), reason="needs AVX2")
 OPTIONS = {"target": "mlir-cpu"}
-SMALL = replace(
-    preset("deepseek-moe-tiny"),
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    intermediate_size=48,
-    moe_intermediate_size=24,
-    n_routed_experts=5,
-    num_experts_per_tok=2,
-    initializer_range=0.2,
-)
 
 
 @pytest.fixture(autouse=True)

@@ -27,10 +27,9 @@ from dsmoe_compiler.targets.mlir.interface import Interface, Result, formula, fo
 from dsmoe_compiler.targets.mlir.lowering import Glued, lower_glue
 from dsmoe_compiler.targets.mlir.plan import Schedule
 from dsmoe_compiler.targets.mlir.schedule import schedule
-from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir import cache, function
 from dsmoe_runtime.mlir.compile import compile_object, compiler_version
-from dsmoe_runtime.mlir.levels import Level, best_level, cpu_flags
+from dsmoe_runtime.mlir.levels import Level, best_level, check_runs
 from dsmoe_runtime.mlir.loader import LoadedObject
 
 
@@ -205,7 +204,5 @@ def weights_of(graph: fx.GraphModule) -> dict[str, Tensor]:
 def compile_program(graph: fx.GraphModule, name: str, *, level: Level | None = None) -> Program:
     """A graph, ready to be called. Raises: TargetError, for a level that this processor has not."""
     compiled = compile_graph(graph, name, level=level)
-    missing = compiled.level.flags - cpu_flags()
-    if missing:
-        raise TargetError(f"level {compiled.level.name} needs {', '.join(sorted(missing))}, which this processor lacks")
+    check_runs(compiled.level)
     return Program(compiled.schedule.interface(), compiled.images, weights_of(graph))

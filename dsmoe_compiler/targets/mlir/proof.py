@@ -25,7 +25,7 @@ from dsmoe_compiler.targets.mlir.opening import open_mlir, runnable
 from dsmoe_compiler.verify import Check, Verification, probes, verify
 from dsmoe_compiler.verify.trace import run
 from dsmoe_model.transformer import Transformer
-from dsmoe_runtime.mlir.levels import LEVELS, cpu_flags
+from dsmoe_runtime.mlir.levels import LEVELS, lacking
 
 CLIENT = Path(__file__).with_name("client.py")
 
@@ -50,8 +50,8 @@ def extend(result: Verification, model: Transformer, artifact: Artifact, config:
 
 def unproved(name: str) -> Check:
     """Says that a level was not run."""
-    lacking = ", ".join(sorted(LEVELS[name].flags - cpu_flags()))
-    return Check(name, ok=True, detail=f"compiled, not run: this processor lacks {lacking}", numbers={"run": False})
+    missing = ", ".join(lacking(LEVELS[name]))
+    return Check(name, ok=True, detail=f"compiled, not run: this processor lacks {missing}", numbers={"run": False})
 
 
 def check_library(folder: Path, level: str, runner: Runner, *, seed: int) -> Check:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsmoe_compiler.targets.onnx.op import DOMAIN, OP_TYPE, Attributes, check_nodes, label
+from dsmoe_compiler.targets.onnx.rewriting import CONTRIB
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.ops.activation import has_gate
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     import onnx
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-CONTRIB = "com.microsoft"
 LEAST_ONNXRUNTIME = {
     CPU: "1.23",
     CUDA: "1.31",

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dsmoe_compiler.targets.onnx.contrib import CONTRIB
 from dsmoe_compiler.targets.onnx.grouped_attention import ROWS, dims
+from dsmoe_compiler.targets.onnx.rewriting import CONTRIB, import_contrib, replace_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -21,8 +21,6 @@ INT64 = 7  # onnx.TensorProto's number
 
 def fewer_kernels(proto: onnx.ModelProto) -> None:
     """Rewrite `proto`, a step with names for its free sizes, in place."""
-    from onnx import GraphProto, helper
-
     graph = proto.graph
     shapes = {value.name: dims(value) for value in graph.value_info}
     makers = {name: node for node in graph.node for name in node.output}
@@ -40,17 +38,9 @@ def fewer_kernels(proto: onnx.ModelProto) -> None:
             nodes += flat_product(proto, node, weight, shapes)
         elif node.output[0] not in gone:
             nodes.append(node)
-    read = {value.name for value in graph.output}
-    kept: list[Any] = []
-    for node in reversed(nodes):
-        if read & set(node.output):
-            read |= set(node.input)
-            kept.insert(0, node)
-    new = GraphProto(node=kept)
-    graph.ClearField("node")
-    graph.node.extend(new.node)
-    if norms and all(entry.domain != CONTRIB for entry in proto.opset_import):
-        proto.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    replace_nodes(graph, nodes)
+    if norms:
+        import_contrib(proto)
 
 
 def is_sum(node: Any, shapes: dict[str, list[Any]]) -> bool:

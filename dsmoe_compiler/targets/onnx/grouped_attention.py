@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsmoe_compiler.targets.onnx.contrib import CONTRIB
+from dsmoe_compiler.targets.onnx.rewriting import CONTRIB, import_contrib, replace_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -37,8 +37,6 @@ def group_attention(proto: onnx.ModelProto, positions: int) -> list[str]:
 
     `positions`: how far angles are tabled; ONNX Runtime refuses a cache that is longer.
     """
-    from onnx import helper
-
     graph = Graph(proto)
     left = []
     for node in [n for n in proto.graph.node if (n.domain, n.op_type) == ("", "Attention")]:
@@ -48,8 +46,6 @@ def group_attention(proto: onnx.ModelProto, positions: int) -> list[str]:
             left.append(f"{node.name or node.output[0]}: {reason}")
     if graph.instead:
         graph.finish()
-        if all(entry.domain != CONTRIB for entry in proto.opset_import):
-            proto.opset_import.append(helper.make_opsetid(CONTRIB, 1))
     return left
 
 
@@ -264,25 +260,11 @@ class Graph:
 
     def finish(self) -> None:
         """The new nodes in the places of the old ones, without what nothing reads."""
-        import onnx
-
         graph = self.proto.graph
         kept = [node for node in graph.node if not self.gone & set(node.output)]
         nodes = [*self.lengths, *(new for node in kept for new in self.instead.get(node.output[0], [node]))]
-        read, ordered = {value.name for value in graph.output}, list[Any]()
-        for node in reversed(nodes):
-            if read & set(node.output):
-                read |= set(node.input)
-                ordered.insert(0, node)
-        made = {name for node in ordered for name in node.output}
-        new = onnx.GraphProto(
-            node=ordered,
-            initializer=[tensor for tensor in graph.initializer if tensor.name in read],
-            value_info=[value for value in graph.value_info if value.name in made],
-        )
-        for field in ("node", "initializer", "value_info"):
-            graph.ClearField(field)
-            getattr(graph, field).extend(getattr(new, field))
+        replace_nodes(graph, nodes)
+        import_contrib(self.proto)
 
 
 def dims(value: onnx.ValueInfoProto) -> list[Any]:

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.mlir import cache
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.compile import compile_object, compiler_version
 from dsmoe_runtime.mlir.descriptors import Arguments, of_tensor
 from dsmoe_runtime.mlir.function import Function, module
-from dsmoe_runtime.mlir.levels import Level, cpu_flags
+from dsmoe_runtime.mlir.levels import Level, check_runs
 from dsmoe_runtime.mlir.loader import LoadedObject
 from dsmoe_runtime.mlir.team import descriptor
 
@@ -59,7 +58,5 @@ def function_object(function: Function, level: Level) -> bytes:
 @functools.cache
 def kernel(function: Function, level: Level) -> Kernel:
     """The function, ready to be called."""
-    missing = level.flags - cpu_flags()
-    if missing:
-        raise TargetError(f"level {level.name} needs {', '.join(sorted(missing))}, which this processor lacks")
+    check_runs(level)
     return Kernel(function_object(function, level), ENTRY)

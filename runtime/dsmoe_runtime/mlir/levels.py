@@ -65,6 +65,17 @@ def best_level(flags: frozenset[str] | None = None) -> Level:
     return fitting[-1]
 
 
+def lacking(level: Level) -> list[str]:
+    """What this processor has not of a level."""
+    return sorted(level.flags - cpu_flags())
+
+
+def check_runs(level: Level) -> None:
+    """Raises: TargetError, if this processor cannot run the level."""
+    if missing := lacking(level):
+        raise TargetError(f"level {level.name} needs {', '.join(missing)}, which this processor lacks")
+
+
 def level_named(name: str) -> Level:
     """The level of that name, whether or not this machine can run it."""
     if name not in LEVELS:

@@ -11,14 +11,13 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dsmoe_runtime.cache import cache_folder
+from dsmoe_runtime.cache import cache_folder, writable_by_others
 from dsmoe_runtime.errors import TargetError
 
 FOLDER = Path(__file__).parent
@@ -54,7 +53,8 @@ def library() -> Path:
     """
     command = compiler()
     path = cache_folder("ort") / _key(command) / NAME
-    _own(path.parent)
+    if others := writable_by_others(path.parent):
+        raise TargetError(f"{others}; name a folder of your own with DSMOE_CACHE_DIR")
     if not path.exists():
         _build(command, path)
     return path
@@ -97,18 +97,6 @@ def _key(command: Sequence[str]) -> str:
         if source.suffix in (".cpp", ".h", ".inc"):
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:24]
-
-
-def _own(folder: Path) -> None:
-    """Make the folder, or refuse one where somebody else may write: what lies in it is run."""
-    for checked in (folder.parent, folder):
-        checked.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = checked.stat()
-        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise TargetError(
-                f"{checked} belongs to user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}: others than you "
-                f"(user {os.getuid()}) may write there; name a folder of your own with DSMOE_CACHE_DIR"
-            )
 
 
 def _build(command: Sequence[str], path: Path) -> None:
