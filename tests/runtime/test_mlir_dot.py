@@ -26,23 +26,23 @@ from dsmoe_runtime.mlir.linear_lowering import LinearSpec, linear_function
 from tests.runtime.op_cases import ALPHA, LIMIT, exact, expert_case, normal, run, slot_by_slot, weight
 
 needs_avx2 = pytest.mark.skipif(not LEVELS["avx2"].flags <= cpu_flags(), reason="needs AVX2")
-EMULATED = Level("emulated", 8, 6, "x86-64-v3", "", True, LEVELS["avx2"].flags)
-DOT = re.compile(r"(%\w+) = x86\.avx512\.dot (\S+), (\S+), (\S+) : vector<16xbf16> -> vector<8xf32>")
+EMULATED = {n: Level(f"emulated {n}", n, 3 * n // 4, "x86-64-v3", "", True, LEVELS["avx2"].flags) for n in (8, 16)}
+DOT = re.compile(r"(%\w+) = x86\.avx512\.dot (\S+), (\S+), (\S+) : vector<\d+xbf16> -> vector<\d+xf32>")
 
 
-def emulated(function):
+def emulated(function, lanes):
     """The same function with each product in pairs written out: even values, then odd ones."""
 
     def written_out(found):
         result, total, *factors = found.groups()
-        words, floats = "vector<8xi32>", "vector<8xf32>"
+        words, floats = f"vector<{lanes}xi32>", f"vector<{lanes}xf32>"
         lines = [
             f"{result}_s = arith.constant dense<16> : {words}",
             f"{result}_m = arith.constant dense<-65536> : {words}",
         ]
         for name, factor in zip("ab", factors, strict=True):
             lines += [
-                f"{result}_{name} = vector.bitcast {factor} : vector<16xbf16> to {words}",
+                f"{result}_{name} = vector.bitcast {factor} : vector<{2 * lanes}xbf16> to {words}",
                 f"{result}_{name}e = arith.shli {result}_{name}, {result}_s : {words}",
                 f"{result}_{name}o = arith.andi {result}_{name}, {result}_m : {words}",
                 *(f"{result}_{name}{p}f = vector.bitcast {result}_{name}{p} : {words} to {floats}" for p in "eo"),
@@ -58,28 +58,30 @@ def emulated(function):
     source, count = DOT.subn(written_out, function.source)
     assert count > 20
     assert "x86." not in source
-    return kernel(Function(function.name, source, function.arguments), EMULATED)
+    return kernel(Function(function.name, source, function.arguments), EMULATED[lanes])
 
 
 @needs_avx2
+@pytest.mark.parametrize("lanes", EMULATED)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 63, 300])
 @pytest.mark.parametrize(("rows", "size"), [(100, 256), (45, 77), (13, 16), (5, 3)])
-def test_linear(tokens, rows, size):
+def test_linear(tokens, rows, size, lanes):
     x, w = normal(tokens, size, seed=1, dtype=torch.bfloat16), weight(rows, size, seed=2, dtype=torch.bfloat16)
     y = torch.full((tokens, rows), torch.nan, dtype=torch.bfloat16)
-    emulated(linear_function(LinearSpec("bf16", "bf16", None, EMULATED)))([x, w, y])
+    emulated(linear_function(LinearSpec("bf16", "bf16", None, EMULATED[lanes])), lanes)([x, w, y])
     assert_within_budget(y, eager=F.linear(x, w), exact=F.linear(x.double(), w.double()))
 
 
 @needs_avx2
+@pytest.mark.parametrize("lanes", EMULATED)
 @pytest.mark.parametrize("tokens", [1, 7, 63, 300])
 @pytest.mark.parametrize(("hidden", "width"), [(42, 27), (128, 96), (300, 853)])
-def test_experts(tokens, hidden, width):
+def test_experts(tokens, hidden, width, lanes):
     case = expert_case(tokens, hidden=hidden, width=width, dtype=torch.bfloat16)
     y = torch.full((tokens, hidden), torch.nan, dtype=torch.bfloat16)
-    spec = ExpertsSpec("bf16", Activation("silu", ALPHA, LIMIT), "concat", False, False, EMULATED)
+    spec = ExpertsSpec("bf16", Activation("silu", ALPHA, LIMIT), "concat", False, False, EMULATED[lanes])
     names = ("x", "experts", "weights", "gate_up", "down")
-    emulated(experts_function(spec))([*(case[name] for name in names), y])
+    emulated(experts_function(spec), lanes)([*(case[name] for name in names), y])
     assert_within_budget(y, eager=run(case), exact=slot_by_slot(**exact(case), activation="silu"))
 
 

@@ -13,7 +13,7 @@ from dsmoe_runtime.mlir import team
 from dsmoe_runtime.mlir.code import Code, Value
 from dsmoe_runtime.mlir.function import matrix
 from dsmoe_runtime.mlir.gather import FLAT, gather, gather_panel
-from dsmoe_runtime.mlir.products import BLOCK_ROWS, BLOCK_TOKENS, ROWS_AT_ONCE, Product
+from dsmoe_runtime.mlir.products import BLOCK_TOKENS, ROWS_AT_ONCE, Product
 from dsmoe_runtime.mlir.sort import INDEX, PLAN, TYPES, Panels, panels_for, plan_of, sort_all, take_plan
 from dsmoe_runtime.mlir.workspace import Workspace
 
@@ -76,7 +76,7 @@ class Batch:
         group = BLOCK_TOKENS // (2 * self.lanes)
         groups = code.most(code.div_up(lane_end, group), 1)
         share = code.div_up(code.mul(height, groups), code.mul(threads, SHARES))
-        step = code.least(code.up_to_multiple(code.most(share, 1), ROWS_AT_ONCE), BLOCK_ROWS)
+        step = code.least(code.up_to_multiple(code.most(share, 1), ROWS_AT_ONCE), product.block_rows)
         blocks = code.div_up(height, step)
         with team.claimed(code, counter, code.mul(blocks, groups)) as number:
             block, part = code.div(number, groups), code.rem(number, groups)

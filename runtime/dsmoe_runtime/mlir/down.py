@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.products import (
-    BLOCK_ROWS,
     BLOCK_TOKENS,
     FLAT,
     PANELS,
@@ -36,8 +35,8 @@ def down_item(code: Code, product: Product, label: str) -> None:
     with code.function(f"down_{label}", arguments):
         height, size = (code.dim("%w", axis, stack.kind) for axis in (1, 2))
         expert = code.let(f"memref.load %hit_expert[%hit] : {INDEX}")
-        begin = code.mul("%block", BLOCK_ROWS)
-        rows = code.least(code.sub(height, begin), BLOCK_ROWS)
+        begin = code.mul("%block", product.block_rows)
+        rows = code.least(code.sub(height, begin), product.block_rows)
         answers = code.let(f"memref.cast %answers : {ANSWERS} to {WIDE}")
         panel, lane_end, end = panels_of_hit(code)
         with code.loop(panel, lane_end, BLOCK_TOKENS // (2 * lanes)) as block:

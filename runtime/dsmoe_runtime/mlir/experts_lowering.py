@@ -26,7 +26,7 @@ from dsmoe_runtime.mlir.gate_up import Activation
 from dsmoe_runtime.mlir.gather import FLAT
 from dsmoe_runtime.mlir.group import Group, seen_as_rows
 from dsmoe_runtime.mlir.levels import Level
-from dsmoe_runtime.mlir.products import SCRATCH
+from dsmoe_runtime.mlir.products import scratch_size
 from dsmoe_runtime.mlir.sort import IDS, INDEX, TYPES, plan_of, sort_slots
 from dsmoe_runtime.mlir.workspace import Workspace
 
@@ -80,7 +80,7 @@ def experts_function(spec: ExpertsSpec) -> Function:
     ]  # fmt: skip
     with code.function("work", ", ".join(f"{n}: {kind}" for n, kind in shared)):
         thread = team.claim(code, PHASES.index("thread"))
-        own = f"%scratch, {code.mul(thread, SCRATCH)}"
+        own = f"%scratch, {code.mul(thread, scratch_size(spec.level.lanes))}"
         group.batch.gather(code, PHASES.index("gather"), "%x")
         team.barrier(code)
         for phase in ("gate_up", "down"):
@@ -106,7 +106,7 @@ def _host(code: Code, spec: ExpertsSpec, shared: team.Arguments, tokens: str) ->
     space.take("%counters", "i64", len(PHASES) * team.COUNTER_SPACING)
     space.take("%first", "index", experts)
     group.take(code, space, slots, experts)
-    space.take("%scratch", "f32", code.mul(threads, SCRATCH))
+    space.take("%scratch", "f32", code.mul(threads, scratch_size(spec.level.lanes)))
     space.allocate()
     group.allocated(code)
     team.reset(code, "%counters", len(PHASES))

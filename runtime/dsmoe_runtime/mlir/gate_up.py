@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.products import (
-    BLOCK_ROWS,
     BLOCK_TOKENS,
     FLAT,
     PANELS,
@@ -49,7 +48,7 @@ def gate_up_item(code: Code, product: Product, label: str, layout: str, activati
     lanes, parts_count = product.lanes, parts_of(layout)
     if f"gate_up_{label}" in code.functions:
         return
-    each = BLOCK_ROWS // parts_count
+    each = product.block_rows // parts_count
     stack, math = product.stack, VectorMath(code, lanes)
     arguments = (
         f"%hit: index, %block: index, {product.arguments}, %x: {FLAT}, %pitch: index, %hidden: {FLAT}, "
@@ -93,9 +92,9 @@ def gate_up_item(code: Code, product: Product, label: str, layout: str, activati
         with code.when(code.compare("ult", lane_end, end)):
             first_slot, last_slot = (code.let(f"memref.load %panel_slot[{p}] : {INDEX}") for p in (lane_end, end))
             tokens = code.sub(last_slot, first_slot)
-            sums = scratch_matrix(code, "%scratch", 0, BLOCK_TOKENS, BLOCK_ROWS)
+            sums = scratch_matrix(code, "%scratch", 0, BLOCK_TOKENS, product.block_rows)
             zero = code.constant(0.0, math.kind)
-            with code.loop(0, tokens, 1) as token, code.loop(0, BLOCK_ROWS, lanes) as n:
+            with code.loop(0, tokens, 1) as token, code.loop(0, product.block_rows, lanes) as n:
                 code.line(f"vector.store {zero}, {sums}[{token.index}, {n.index}] : {WIDE}, {math.kind}")
             for number, part in enumerate(parts):
                 if product.bias:

@@ -18,7 +18,7 @@ from dsmoe_runtime.mlir.function import matrix
 from dsmoe_runtime.mlir.gate_up import Activation, gate_up_item, parts_of
 from dsmoe_runtime.mlir.gather import FLAT, gather
 from dsmoe_runtime.mlir.levels import Level
-from dsmoe_runtime.mlir.products import BLOCK_ROWS, Product, tiles
+from dsmoe_runtime.mlir.products import Product, tiles
 from dsmoe_runtime.mlir.sort import INDEX, plan_of, take_plan
 from dsmoe_runtime.mlir.weights import Stack
 from dsmoe_runtime.mlir.workspace import Workspace
@@ -108,7 +108,7 @@ class Group:
         label, product = self.label, self.product(name)
         parts = parts_of(self.layout) if name == "gate_up" else 1
         rows = code.div(code.dim(f"%{label}_{name}", 1, product.stack.kind), parts)
-        blocks = code.div_up(rows, BLOCK_ROWS // parts)
+        blocks = code.div_up(rows, product.block_rows // parts)
         hits = code.load(f"%{label}_total", code.index(0), INDEX)
         bias = f", %{label}_{name}_bias" if product.bias else ""
         if name == "gate_up":

@@ -9,7 +9,6 @@ from dsmoe_runtime.mlir.code import Code
 from dsmoe_runtime.mlir.formats import narrow, narrow_scalar
 from dsmoe_runtime.mlir.function import matrix
 from dsmoe_runtime.mlir.products import (
-    BLOCK_ROWS,
     BLOCK_TOKENS,
     FLAT,
     Product,
@@ -48,7 +47,7 @@ def linear_item(code: Code, product: Product, label: str, output: str) -> None:
         with code.when(code.compare("ult", "%lane_end", "%end")):
             first, last = (code.load("%panel_slot", panel, INDEX) for panel in ("%lane_end", "%end"))
             count = code.sub(last, first)
-            sums = scratch_matrix(code, "%scratch", 0, BLOCK_TOKENS, BLOCK_ROWS)
+            sums = scratch_matrix(code, "%scratch", 0, BLOCK_TOKENS, product.block_rows)
 
             def start(n: str, value: str) -> None:
                 with code.loop(0, count, 1) as token:

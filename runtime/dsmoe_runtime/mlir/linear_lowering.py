@@ -20,7 +20,7 @@ from dsmoe_runtime.mlir.function import Function, matrix, symbol
 from dsmoe_runtime.mlir.gather import FLAT
 from dsmoe_runtime.mlir.levels import Level
 from dsmoe_runtime.mlir.linear_item import linear_item
-from dsmoe_runtime.mlir.products import SCRATCH, Product, tiles
+from dsmoe_runtime.mlir.products import Product, scratch_size, tiles
 from dsmoe_runtime.mlir.weights import Stack
 from dsmoe_runtime.mlir.workspace import Workspace
 
@@ -65,7 +65,7 @@ def linear_function(spec: LinearSpec) -> Function:
         with code.when(code.compare("ugt", code.load("%all_hit_panel", code.index(1), "memref<?xindex>"), 1)):
             batch.gather(code, PHASES.index("gather"), "%x")
             team.barrier(code)
-        own = f"%scratch, {code.mul(thread, SCRATCH)}"
+        own = f"%scratch, {code.mul(thread, scratch_size(spec.level.lanes))}"
         batch.products(
             code, PHASES.index("products"), product, "item", "%w3", "%bias2" if spec.bias else None,
             ("%y", spec.output), own, "%threads",
@@ -90,7 +90,7 @@ def _host(code: Code, spec: LinearSpec, shared: team.Arguments) -> None:
         space = Workspace(code)
         space.take("%counters", "i64", len(PHASES) * team.COUNTER_SPACING)
         batch.take(code, space, tokens, size)
-        space.take("%scratch", "f32", code.mul("%threads", SCRATCH))
+        space.take("%scratch", "f32", code.mul("%threads", scratch_size(spec.level.lanes)))
         space.allocate()
         team.reset(code, "%counters", len(PHASES))
         batch.sort(code, tokens)

@@ -30,7 +30,7 @@ from dsmoe_runtime.mlir.gate_up import parts_of
 from dsmoe_runtime.mlir.gather import FLAT
 from dsmoe_runtime.mlir.group import Group
 from dsmoe_runtime.mlir.linear_item import linear_item
-from dsmoe_runtime.mlir.products import SCRATCH, Product, tiles
+from dsmoe_runtime.mlir.products import Product, scratch_size, tiles
 from dsmoe_runtime.mlir.route_lowering import LOGITS, RouteSpec, call_route, route_token, take_rows
 from dsmoe_runtime.mlir.sort import IDS, INDEX, TYPES, plan_of, sort_slots
 from dsmoe_runtime.mlir.weights import Stack
@@ -145,7 +145,7 @@ def _helpers(code: Code, spec: MoeSpec) -> None:
 def _work(code: Code, spec: MoeSpec) -> None:
     routed, shared, batch = spec.experts.group(), spec.shared_group, spec.gate_batch
     thread = team.claim(code, PHASES.index("thread"))
-    own = f"%scratch, {code.mul(thread, SCRATCH)}"
+    own = f"%scratch, {code.mul(thread, scratch_size(spec.experts.level.lanes))}"
     batch.gather(code, PHASES.index("gather_gate"), "%x")
     if shared is not None and batch.label != "shared":
         shared.batch.gather(code, PHASES.index("gather_shared"), "%x")
@@ -212,7 +212,7 @@ def _host(code: Code, spec: MoeSpec, tokens: str, hidden: str) -> None:
         matrices["%share"] = code.index(1)
     for name, columns in matrices.items():
         space.take(f"{name}_own", "f32", tokens, columns)
-    space.take("%scratch", "f32", code.mul(threads, SCRATCH))
+    space.take("%scratch", "f32", code.mul(threads, scratch_size(spec.experts.level.lanes)))
     space.allocate()
     for name in matrices:
         code.line(f"{name} = memref.cast {name}_own : memref<?x?xf32> to {LOGITS}")

@@ -1,8 +1,8 @@
 """What both products of an expert share: a block of weight rows, times all tokens of the expert.
 
 Tokens in panels go through lane tiles, in blocks of 192 values of k (a panel's part, 12 KiB, stays in the first-level
-cache; the rows' part, 72 KiB, in the second) and at most 128 tokens at a time. The rest goes through row tiles, twelve
-rows of weights at a time, each against all of those tokens before the next twelve are touched.
+cache; the rows' part, 72 KiB, or 144 with sixteen lanes, in the second) and at most 128 tokens at a time. The rest goes
+through row tiles, twelve rows of weights at a time, each against all of those tokens before the next twelve are touched.
 """
 
 from __future__ import annotations
@@ -21,16 +21,23 @@ from dsmoe_runtime.mlir.sort import INDEX
 from dsmoe_runtime.mlir.weights import Stack, scratch_matrix, unpack
 
 FLAT = "memref<?xf32>"
-BLOCK_ROWS = 96  # rows of weights of an item, gate and up together
 BLOCK_K = 192  # as many are summed in one register; more cost accuracy, fewer short reads
 BLOCK_TOKENS = 128
 COPIED = 8  # vectors of tokens: for more, float32 weights are copied too
 ROWS_AT_ONCE = 12  # rows of weights that all row tiles use before the next ones
-SUMS = BLOCK_ROWS * BLOCK_TOKENS
-SCRATCH = SUMS + BLOCK_ROWS * BLOCK_K  # float32s of a thread: sums, and weights unpacked
 PANELS = f"%hit_expert: {INDEX}, %hit_panel: {INDEX}, %hit_rows: {INDEX}, %panel_slot: {INDEX}"
 
 Part = tuple[str, int]  # the first row of an item's block and the step to the next
+
+
+def block_rows(lanes: int) -> int:
+    """Rows of weights of an item, gate and up together: either half is a whole number of steps of 2 L."""
+    return 12 * lanes
+
+
+def scratch_size(lanes: int) -> int:
+    """Float32s of a thread: sums, and weights unpacked."""
+    return block_rows(lanes) * (BLOCK_TOKENS + BLOCK_K)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,10 @@ class Product:
     @property
     def lanes(self) -> int:
         return self.level.lanes
+
+    @property
+    def block_rows(self) -> int:
+        return block_rows(self.lanes)
 
     @property
     def arguments(self) -> str:
@@ -89,10 +100,10 @@ def lane_products(
 ) -> str:
     """Sums of one block of panels in the thread's scratch, [part x rows, tokens], bias included -> that matrix."""
     lanes, pitch = product.lanes, code.index("%pitch")
-    each = BLOCK_ROWS // len(parts)
+    each = product.block_rows // len(parts)
     first_slot, last_slot = (code.let(f"memref.load %panel_slot[{panel}] : {INDEX}") for panel in panels)
     width = code.sub(last_slot, first_slot)
-    sums = scratch_matrix(code, "%scratch", 0, BLOCK_ROWS, BLOCK_TOKENS)
+    sums = scratch_matrix(code, "%scratch", 0, product.block_rows, BLOCK_TOKENS)
     for number, part in enumerate(parts):
 
         def spread(n: str, value: str, number: int = number) -> None:
@@ -134,7 +145,8 @@ def _for_lanes(
     kinds = f"({stack.rows_kind}, index, index, {WIDE}) -> ()"
 
     def copy() -> str:
-        own = scratch_matrix(code, "%scratch", SUMS + start * BLOCK_K, height, BLOCK_K)
+        used = product.block_rows * BLOCK_TOKENS  # by the sums
+        own = scratch_matrix(code, "%scratch", used + start * BLOCK_K, height, BLOCK_K)
         code.line(f"func.call @{stack.unpack}({view}, {rows}, {depth}, {own}) : {kinds}")
         return own
 
