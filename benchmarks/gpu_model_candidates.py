@@ -8,7 +8,6 @@ L layers with routed experts, B sequences, T tokens, K experts per token, V voca
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from torch import Tensor, fx
 from dsmoe_compiler.capture import Capture
 from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.targets.aoti import accepted
-from dsmoe_compiler.targets.one_token import masks_to_float, options_for
+from dsmoe_compiler.targets.lower import copied
+from dsmoe_compiler.targets.one_token import options_for, prepare
 from dsmoe_model.attention import KVCache
 from dsmoe_model.config import ModelConfig
 from dsmoe_model.transformer import Transformer, build
@@ -105,9 +105,9 @@ def inductor(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> Callable[..., An
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    own = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # the same parameters; the compiler rewrites the graph
+    own = copied(graph)  # the compiler rewrites it
     if inputs[0].is_cuda:
-        masks_to_float(own)
+        prepare(own, inputs)
     options = accepted(options_for(inputs))
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with tracing(TracingContext(fake)):

@@ -25,11 +25,9 @@ from torch import fx
 
 import dsmoe_runtime.ops  # noqa: F401  registers the operators
 from dsmoe_compiler.phases import Phase
-from dsmoe_compiler.targets import processor
+from dsmoe_compiler.targets import one_token, processor
 from dsmoe_compiler.targets.elf import plain_stack
-from dsmoe_compiler.targets.lower import Kept, analysed, check_lowered, lower
-from dsmoe_compiler.targets.one_token import masks_to_float
-from dsmoe_compiler.targets.one_token import options_for as one_token_options
+from dsmoe_compiler.targets.lower import Kept, analysed, check_lowered, copied, lower
 from dsmoe_compiler.targets.package import contents
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
 from dsmoe_compiler.targets.workers import Job, Progress, WorkerError, Workers, can_fork, describe
@@ -194,10 +192,11 @@ def compile_phase(
     start = time.perf_counter()
     kept: list[Kept] = []
     if on_cuda:
-        graph, kept = lower(phase.graph)
-        masks_to_float(graph)
+        graph = copied(phase.graph)
+        one_token.prepare(graph, phase.inputs)
+        kept = lower(graph)
         phase = replace(phase, graph=graph)
-        options = options | accepted(one_token_options(phase.inputs))
+        options = options | accepted(one_token.options_for(phase.inputs))
     for operator, reason in sorted({(call.operator, call.reason) for call in kept}):
         log.warning("%s: %s stays a call, and the package needs Python for it: %s", phase.name, operator, reason)
     build, file = folder / f".build-{phase.name}", folder / f"{phase.name}.pt2"

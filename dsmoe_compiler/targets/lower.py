@@ -40,12 +40,17 @@ class Kept:
     reason: str
 
 
-def lower(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Kept]]:
-    """A copy of `graph` (tensors are shared) that calls kernels, and the operators that it still calls."""
-    lowered = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    lowered.meta = dict(graph.meta)
+def copied(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same operations on the same tensors, to be changed."""
+    made = fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    made.meta = dict(graph.meta)
+    return made
+
+
+def lower(graph: fx.GraphModule) -> list[Kept]:
+    """Let `graph` call kernels, and return the operators that it still calls."""
     kept = []
-    for node in lowered.graph.nodes:
+    for node in graph.graph.nodes:
         name = operator_name(node)
         if name is None:
             continue
@@ -55,8 +60,8 @@ def lower(graph: fx.GraphModule) -> tuple[fx.GraphModule, list[Kept]]:
             node.target = for_any_size(cuda.kernels(name))
         else:
             kept.append(Kept(node.name, f"dsmoe::{name}", reason))
-    lowered.recompile()
-    return lowered, kept
+    graph.recompile()
+    return kept
 
 
 def for_any_size(launch: Callable[..., Any]) -> Callable[..., Any]:

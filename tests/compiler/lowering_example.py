@@ -20,7 +20,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dsmoe_runtime.ops  # noqa: F401  registers the operators
-from dsmoe_compiler.targets.lower import lower
+from dsmoe_compiler.targets.lower import copied, lower
 from dsmoe_runtime.kernels.launch import launch
 from dsmoe_runtime.ops import cuda
 
@@ -101,11 +101,17 @@ def whole(op: Any, x: Tensor, gate: Tensor, gate_up: Tensor, down: Tensor, share
     return op(x, gate, None, None, *GATE, "float32", *routed_experts, shared_up, shared, None)
 
 
+def attended(op: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:
+    return op(query, key, value, torch.arange(key.shape[2], device=key.device) < 5, 0.25)
+
+
 def inputs_of(name: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     experts = (made(EXPERTS, 2 * WIDTH, HIDDEN), made(EXPERTS, HIDDEN, WIDTH))
+    if name == "attend":
+        return (made(1, CHOSEN, 1, HIDDEN), *(made(1, CHOSEN, 40, HIDDEN) for _ in range(2)))
     if name == "route":
         return (made(tokens, EXPERTS),)
     if name == "experts":
@@ -116,7 +122,7 @@ def inputs_of(name: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def exported(name: str, tokens: int, dtype: torch.dtype) -> fx.GraphModule:
-    after = {"route": routed, "experts": answered, "moe": whole}[name]
+    after = {"route": routed, "experts": answered, "moe": whole, "attend": attended}[name]
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = inputs_of(name, tokens, dtype)
     free: Any = None
@@ -131,7 +137,8 @@ def exported(name: str, tokens: int, dtype: torch.dtype) -> fx.GraphModule:
 
 def traced(graph: fx.GraphModule) -> dict[str, Any]:
     """Lower, trace as AOTInductor does, and tell what came out."""
-    lowered, kept = lower(graph)
+    lowered = copied(graph)
+    kept = lower(lowered)
     before = [str(node.target) for node in graph.graph.nodes if "dsmoe" in str(node.target)]
     lowered.graph.set_codegen(fx.graph.CodeGen())
     lowered.recompile()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsmoe_compiler.targets.aoti import accepted
-from dsmoe_compiler.targets.one_token import OPTIONS, masks_to_float, options_for
+from dsmoe_compiler.targets.one_token import OPTIONS, attend, masks_to_float, options_for
 
 
 class Twice(nn.Module):
@@ -41,3 +41,31 @@ def test_only_one_token_on_cuda_is_told_so() -> None:
     assert options_for((ids(1, is_cuda=True),)) == OPTIONS
     assert options_for((ids(2, is_cuda=True),)) == options_for((ids(1, is_cuda=False),)) == {}
     assert accepted(OPTIONS) == OPTIONS
+
+
+class Decode(nn.Module):
+    """One query over a cache, twice under a mask of bools, once under an added one, once for a prompt."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        mask = torch.arange(k.shape[2]) <= position[:, None]
+        added = torch.zeros(1, k.shape[2])
+        return (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5),
+            F.scaled_dot_product_attention(q, k, v, attn_mask=added),
+            F.scaled_dot_product_attention(k, k, v, attn_mask=mask),
+            F.scaled_dot_product_attention(k, k, v, is_causal=True),
+        )
+
+
+def test_attention_of_one_query_becomes_our_operator() -> None:
+    q, k, v = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+    inputs = (q, k, v, torch.tensor([13]))
+    graph = torch.export.export(Decode(), inputs).module()
+    expected = graph(*inputs)
+    assert attend(graph) == 2
+    graph.graph.lint()
+    calls = graph.graph.find_nodes(op="call_function", target=torch.ops.dsmoe.attend.default)
+    assert [call.args[-1] for call in calls] == [8**-0.5, 0.5]
+    for found, wanted in zip(graph(*inputs), expected, strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 import dsmoe_runtime.kernels
+from dsmoe_runtime.kernels.attend import attend
 from dsmoe_runtime.kernels.choose import best, choose, shape_of
 from dsmoe_runtime.kernels.device.specialised import product_specialised
 from dsmoe_runtime.kernels.dispatch import plan_rows
@@ -41,7 +42,8 @@ from dsmoe_runtime.kernels.route import gate, route
 TARGET = GPUTarget("cuda", 90, 32)
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.bool: "i1",
 }  # fmt: skip
 WORDS = (
     "HGMMA", "HGMMA.64x256x16", "HMMA", "FFMA", "UTMALDG", "LDGSTS", "ARRIVES.LDGSTSBAR.64.ARVCNT", "FENCE.VIEW.ASYNC",
@@ -171,6 +173,13 @@ def router(name: str, tokens: int) -> list[Launch]:
     return made + launches(lambda: route(x @ weight.T.bfloat16(), None, top_k, *V1))
 
 
+def one_query(heads: int, slots: int, width: int) -> list[Launch]:
+    """Attention of a decode step."""
+    key = torch.empty(1, heads, slots, width, dtype=torch.bfloat16, device="meta")
+    mask = torch.empty(1, slots, dtype=torch.bool, device="meta")
+    return launches(lambda: attend(key[:, :, :1], key, key, mask, 1.0))
+
+
 def training(tokens: int) -> list[Launch]:
     """Forward and backward of 16B's experts, with biases."""
     hidden, width, experts, top_k = SHAPES["16B"]
@@ -198,6 +207,8 @@ def inference() -> Iterator[tuple[str, list[Launch]]]:
         yield f"16B layer T={tokens}", layer("16B", tokens)
     yield "shared experts as one", launches(lambda: rows_in_order(4096, 128, torch.device("meta")))
     yield "V3 gate", router("V3", 16)
+    for slots in (576, 4096):
+        yield f"16B attention C={slots}", one_query(16, slots, 128)
 
 
 def specialised() -> Iterator[tuple[str, list[Launch]]]:

@@ -52,7 +52,7 @@ def complaints(found: dict[str, Any]) -> list[str]:
             wrong.append("no asynchronous copies")
     if product and "float32" in found["name"] and (found["HMMA"] or found["HGMMA"] or not found["FFMA"]):
         wrong.append("float32 is not multiplied as float32")
-    if found["kernel"] in ("up_pairs", "down_tokens", "combine", "gated") and not found["LDG128"]:
+    if found["kernel"] in ("up_pairs", "down_tokens", "combine", "gated", "attend_part") and not found["LDG128"]:
         wrong.append("no loads of 16 bytes")
     return wrong
 

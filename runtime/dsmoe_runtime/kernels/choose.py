@@ -63,10 +63,10 @@ FLOAT = {
 }
 # rows and columns: one row of x times (columns, depth, warps); down asks (stages) experts ahead
 PAIRS_UP = (
-    (2, 2048, 4), (4, 2048, 4), (4, 2048, 8), (2, 1024, 4), (4, 1024, 4), (8, 1024, 8), (4, 512, 4), (8, 512, 4),
-    (16, 256, 4),
+    (2, 2048, 4), (2, 2048, 8), (4, 2048, 4), (4, 2048, 8), (2, 1024, 4), (4, 1024, 4), (8, 1024, 8), (4, 512, 4),
+    (8, 512, 4), (16, 256, 4),
 )  # fmt: skip
-PAIRS_DOWN = ((1, 4), (2, 4), (2, 8), (4, 8), (4, 4), (8, 8))  # columns, warps
+PAIRS_DOWN = ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (4, 8), (4, 4), (8, 8))  # columns, warps
 PAIRS_DEPTH = 4096  # the widest expert that is asked ahead in one block
 PAIRS_EACH = 64  # 16-bit elements of a thread
 

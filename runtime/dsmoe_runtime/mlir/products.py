@@ -2,7 +2,7 @@
 
 Tokens in panels go through lane tiles, in blocks of 192 values of k (a panel's part, 12 KiB, stays in the first-level
 cache; the rows' part, 72 KiB, or 144 with sixteen lanes, in the second) and at most 128 tokens at a time. The rest goes
-through row tiles, twelve rows of weights at a time, each against all of those tokens before the next twelve are touched.
+through row tiles, twelve rows of weights at a time, each against all of those tokens before the next are touched.
 """
 
 from __future__ import annotations

@@ -1,5 +1,14 @@
-"""The narrow waist: dsmoe::route, dsmoe::experts, dsmoe::moe. Importing this package registers them."""
+"""The narrow waist: dsmoe::route, experts, moe and attend. Importing this package registers them."""
 
-from dsmoe_runtime.ops import experts, experts_backward, experts_training, moe, moe_backward, moe_training, route
+from dsmoe_runtime.ops import (
+    attend,
+    experts,
+    experts_backward,
+    experts_training,
+    moe,
+    moe_backward,
+    moe_training,
+    route,
+)
 
-__all__ = ["experts", "experts_backward", "experts_training", "moe", "moe_backward", "moe_training", "route"]
+__all__ = ["attend", "experts", "experts_backward", "experts_training", "moe", "moe_backward", "moe_training", "route"]
