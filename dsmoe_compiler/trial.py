@@ -1,4 +1,4 @@
-"""Plans of the routed experts on trial: compiled side by side, timed in turn on cold weights, held against float64.
+"""Plans of the experts on trial: compiled side by side, timed in turn on cold weights, held against float64.
 
 T tokens, H hidden size, I expert width, E experts, K experts per token.
 """
@@ -42,20 +42,31 @@ class Weights:
         self.experts = shape.experts
         self.copies = min(MOST_COPIES, -(-COLD * l2_bytes // (shape.experts * self.expert_bytes)))
         self.copies = max(1, self.copies)
-        check_room(device, self.copies * shape.experts * self.expert_bytes, shape)
+        self.shared_copies = -(-COLD * l2_bytes // (shape.shared * self.expert_bytes)) if shape.shared else 0
+        together = self.copies * shape.experts + self.shared_copies * shape.shared
+        check_room(device, together * self.expert_bytes, shape)
         generator = torch.Generator(device).manual_seed(seed)
-        count, hidden, width = self.copies * shape.experts, shape.hidden, shape.width
-        self.gate_up = torch.empty(count, 2 * width, hidden, dtype=dtype, device=device)
-        self.down = torch.empty(count, hidden, width, dtype=dtype, device=device)
-        for stack, scale in ((self.gate_up, hidden**-0.5), (self.down, (0.356 * width) ** -0.5)):
-            drawn = stack[0].normal_(0.0, scale, generator=generator).view(-1)
-            for e in range(1, count):
-                stack[e].view(-1).copy_(drawn.roll(7919 * e))
+
+        def stacks(count: int, width: int) -> tuple[Tensor, Tensor]:
+            gate_up = torch.empty(count, 2 * width, shape.hidden, dtype=dtype, device=device)
+            down = torch.empty(count, shape.hidden, width, dtype=dtype, device=device)
+            for stack, scale in ((gate_up, shape.hidden**-0.5), (down, (0.356 * max(1, width)) ** -0.5)):
+                drawn = stack[:1].normal_(0.0, scale, generator=generator).view(-1)
+                for e in range(1, count):
+                    stack[e].view(-1).copy_(drawn.roll(7919 * e))
+            return gate_up, down
+
+        self.gate_up, self.down = stacks(self.copies * shape.experts, shape.width)
+        self.shared_gate_up, self.shared_down = stacks(self.shared_copies, shape.shared * shape.width)
 
     def of(self, copy: int) -> tuple[Tensor, Tensor]:
         """gate_up `[E, 2I, H]` and down `[E, H, I]` of a copy."""
         first = copy % self.copies * self.experts
         return self.gate_up[first : first + self.experts], self.down[first : first + self.experts]
+
+    def shared_of(self, copy: int) -> tuple[Tensor, Tensor]:
+        """The shared experts' gate_up `[2 S I, H]` and down `[H, S I]`."""
+        return self.shared_gate_up[copy % self.shared_copies], self.shared_down[copy % self.shared_copies]
 
 
 class Trial:
@@ -64,9 +75,10 @@ class Trial:
     def __init__(self, shape: Shape, weights: Weights, *, l2_bytes: int, seed: int = 0) -> None:
         from dsmoe_runtime.kernels.cost import distinct
         from dsmoe_runtime.kernels.experts import Weights as Arguments
+        from dsmoe_runtime.kernels.moe import sliced
 
         self.shape, self.device = shape, weights.gate_up.device
-        touched = distinct(shape) * weights.expert_bytes
+        touched = (distinct(shape) + shape.shared) * weights.expert_bytes
         rotations = min(MOST_ROTATIONS, max(2, weights.copies, -(-COLD * l2_bytes // int(touched))))
         dtype = weights.gate_up.dtype
         slots_bytes = 3 * shape.tokens * shape.top_k * (shape.hidden + shape.width) * dtype.itemsize
@@ -81,6 +93,9 @@ class Trial:
         self.weights_TK = noise / noise.norm(dim=-1, keepdim=True)
         self.stacks = [weights.of(r) for r in range(rotations)]
         self.arguments = [Arguments.of(*s, None, None, "silu", 1.0, 1.0, "concat") for s in self.stacks]
+        self.shared = [weights.shared_of(r) for r in range(rotations)] if shape.shared else []
+        if shape.shared:
+            self.arguments = [sliced(w, *s) for w, s in zip(self.arguments, self.shared, strict=True)]
         self.pool: Any = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._graphs: dict[Plan, torch.cuda.CUDAGraph] = {}
         self._rounds: dict[Plan, int] = {}
@@ -88,10 +103,10 @@ class Trial:
 
     def call(self, plan: Plan, rotation: int = 0, tokens: int | None = None) -> Tensor:
         """`y [T, H]`, launched as it is."""
-        from dsmoe_runtime.kernels.experts import run
+        from dsmoe_runtime.kernels.moe import answer
 
         x, ids = self.x[rotation % len(self.x)][:tokens], self.ids[rotation][:tokens]
-        return run(x, ids, self.weights_TK[:tokens], self.arguments[rotation], plan)
+        return answer(x, ids, self.weights_TK[:tokens], self.arguments[rotation], plan)
 
     def warm(self, plans: Sequence[Plan]) -> dict[Plan, str]:
         """Compile the kernels of all plans at a time; those that cannot be, with the reason."""
@@ -171,7 +186,13 @@ class Trial:
             x = self.x[0][sample[rows]].to(dtype)
             stack = gate_up[expert].to(dtype), down[expert].to(dtype)
             answers[rows, slots] = mlp(x, *stack, None, None, "silu", 1.0, 1.0, False).to(wide)
-        return (answers * weights[..., None].to(wide)).sum(1).to(dtype)
+        total = (answers * weights[..., None].to(wide)).sum(1)
+        if self.shared:
+            shared_gate_up, shared_down = (part.to(dtype) for part in self.shared[0])
+            total += mlp(
+                self.x[0][sample].to(dtype), shared_gate_up, shared_down, None, None, "silu", 1.0, 1.0, False
+            ).to(wide)
+        return total.to(dtype)
 
 
 def routings(shape: Shape, rotations: int, generator: torch.Generator) -> list[Tensor]:

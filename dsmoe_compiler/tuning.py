@@ -1,4 +1,4 @@
-"""Tunes the routed experts of some layers on the GPU that is here, within a time box, and writes down what wins."""
+"""Tunes the experts of some layers on the GPU that is here, within a time box, and writes down what wins."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from dsmoe_runtime.errors import TargetError
 log = logging.getLogger(__name__)
 
 TOKENS = (1, 16, 64, 512, 4096, 16384)
-# hidden, width, experts, top_k: what the package has tables for; V2-Lite is the 16B's shape
-LAYERS: dict[str, tuple[int, int, int, int]] = {
-    "deepseek-moe-16b": (2048, 1408, 64, 6),
-    "deepseek-moe-145b": (4096, 1408, 128, 12),
-    "deepseek-v3": (7168, 2048, 256, 8),
-    "qwen3-30b-a3b": (2048, 768, 128, 8),
-    "deepseek-v2": (5120, 1536, 160, 6),
-    "deepseek-moe-2b": (1280, 853, 63, 7),
-    "deepseek-moe-2b padded": (1280, 864, 63, 7),
-    "deepseek-moe-tiny": (256, 192, 32, 4),
+Sizes = tuple[int, int, int, int, int]  # hidden, width, experts, top_k, shared experts
+# What the package has tables for: layers, then routed experts alone. V2-Lite is the 16B's shape.
+LAYERS: dict[str, Sizes] = {
+    "deepseek-moe-16b": (2048, 1408, 64, 6, 2),
+    "deepseek-moe-145b": (4096, 1408, 128, 12, 4),
+    "deepseek-v3": (7168, 2048, 256, 8, 1),
+    "deepseek-v2": (5120, 1536, 160, 6, 2),
+    "deepseek-moe-2b": (1280, 853, 63, 7, 1),
+    "deepseek-moe-2b padded": (1280, 864, 63, 7, 1),
+    "deepseek-moe-tiny": (256, 192, 32, 4, 2),
+    "qwen3-30b-a3b": (2048, 768, 128, 8, 0),
 }
+LAYERS |= {f"{name} routed": (*sizes[:4], 0) for name, sizes in LAYERS.items() if sizes[4]}
 
 
 def tune(
-    layers: Mapping[str, tuple[int, int, int, int]],
+    layers: Mapping[str, Sizes],
     *,
     tokens: Sequence[int],
     dtype: str,
@@ -58,7 +60,7 @@ def tune(
         weights = None
         for number in tokens:
             left, cells = (end - time.monotonic()) / cells, cells - 1
-            shape = Shape(number, *sizes, dtype)
+            shape = Shape(number, *sizes[:4], dtype, sizes[4])
             if left <= 0:
                 say(f"{name} T={number}: no time left")
                 continue

@@ -21,6 +21,7 @@ SUMMARY = "time tiles of the expert kernels on this GPU and remember those that 
 EXAMPLES = """\
   dsmoe tune deepseek-moe-16b
   dsmoe tune --shape 2048,768,128,8 --tokens 1,64,4096 --budget 30
+  dsmoe tune --shape 2048,1408,64,6,2 --tokens 1      with two shared experts
   dsmoe tune deepseek-moe-16b --dry-run --gpu H200
 
 Without tuning a cost model chooses, and tables for some GPUs and models come with the package. What tuning keeps is at
@@ -28,9 +29,10 @@ least 2 % faster, beyond twice the noise, with equal results; it is stored in $D
 the user's cache folder, and counts for this GPU, shape, dtype and release of Triton.
 """
 
-SIZES = ("hidden", "width", "experts", "top_k")
+SIZES = ("hidden", "width", "experts", "top_k", "shared")
 SHOWN = 5  # plans of a dry run
-Layers = Mapping[str, tuple[int, int, int, int]]
+Sizes = tuple[int, int, int, int, int]
+Layers = Mapping[str, Sizes]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 def arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
-    what.add_argument("--shape", type=sizes, metavar="H,I,E,K", help="hidden size, expert width, experts, top-k")
+    what.add_argument("--shape", type=sizes, metavar="H,I,E,K[,S]", help="hidden size, width, experts, top-k, shared")
     what.add_argument("--all-shapes", action="store_true", help="the layers that the package has tables for")
     parser.add_argument("--tokens", type=numbers, metavar="T,...", help="tokens a call (1,16,64,512,4096,16384)")
     parser.add_argument(
@@ -83,15 +85,17 @@ def run(args: argparse.Namespace) -> int:
     return 0 if results else 1
 
 
-def sizes(text: str) -> tuple[int, int, int, int]:
-    """`H,I,E,K`, four whole numbers from 1 on."""
+def sizes(text: str) -> Sizes:
+    """`H,I,E,K` or `H,I,E,K,S`, whole numbers from 1 on; S is 0 if it is not given."""
     parts = text.split(",")
-    if len(parts) != len(SIZES):
-        raise argparse.ArgumentTypeError(f"{text!r} is not H,I,E,K (hidden size, expert width, experts, top-k)")
-    hidden, width, experts, top_k = (positive(part.strip()) for part in parts)
+    if len(parts) not in (4, 5):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not H,I,E,K or H,I,E,K,S (hidden size, expert width, experts, top-k, shared experts)"
+        )
+    hidden, width, experts, top_k, *shared = (positive(part.strip()) for part in parts)
     if top_k > experts:
         raise argparse.ArgumentTypeError(f"top-k is {top_k}, but there are only {experts} experts")
-    return hidden, width, experts, top_k
+    return hidden, width, experts, top_k, shared[0] if shared else 0
 
 
 def check_triton() -> None:
@@ -114,8 +118,8 @@ def check_gpu() -> None:
         )
 
 
-def layer_of(model: str) -> tuple[int, int, int, int]:
-    """H, I, E, K of a model's mixture-of-experts layers.
+def layer_of(model: str) -> Sizes:
+    """H, I, E, K and S of a model's mixture-of-experts layers.
 
     Raises:
         UsageError: it has none.
@@ -125,7 +129,8 @@ def layer_of(model: str) -> tuple[int, int, int, int]:
     config = describe(model).config
     if not config.n_routed_experts:
         raise UsageError(f"{model} has no mixture-of-experts layer, so there is nothing to tune")
-    return config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok
+    routed = (config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok)
+    return (*routed, config.n_shared_experts)
 
 
 def device_named(name: str | None) -> Device:
@@ -154,7 +159,7 @@ def dry_run(layers: Layers, tokens: tuple[int, ...], dtype: str, device: Device,
     found = []
     for name, sizes in layers.items():
         for number in tokens:
-            shape = Shape(number, *sizes, dtype)
+            shape = Shape(number, *sizes[:4], dtype, sizes[4])
             chosen = choose(shape, device)
             listed = [chosen, *(plan for plan in candidates(shape, device) if plan != chosen)][:SHOWN]
             found += [(name, number, plan, plan == chosen, predict(shape, plan, device)) for plan in listed]
@@ -189,4 +194,4 @@ def _print(results: list[Result]) -> None:
         )
         for result in results
     ]
-    print_table(("H,I,E,K", "T", "default us", "tuned us", "gain", "kept", ""), rows)
+    print_table(("H,I,E,K,S", "T", "default us", "tuned us", "gain", "kept", ""), rows)

@@ -161,9 +161,12 @@ def test_what_cannot_be_tuned_is_refused(arguments: list[str], said: str, capsys
 
 
 @pytest.mark.gpu
-def test_tuning_a_small_layer_writes_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("shape", ["512,256,16,4", "512,256,16,4,2"])
+def test_tuning_a_small_layer_writes_what_it_keeps(
+    shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = tmp_path / "table.json"
-    arguments = ["--shape", "512,256,16,4", "--tokens", "1,64,1024", "--budget", "45", "--write", str(table), "--json"]
+    arguments = ["--shape", shape, "--tokens", "1,64,1024", "--budget", "30", "--write", str(table), "--json"]
     assert main(["tune", *arguments]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     assert [result["shape"]["tokens"] for result in results] == [1, 64, 1024]

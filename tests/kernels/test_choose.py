@@ -129,6 +129,17 @@ def test_a_tuned_plan_comes_first_and_the_user_s_before_the_package_s(no_tables:
     assert choose.choose(SHAPE_16B, named("H100")) != other
 
 
+def test_a_layer_s_own_plan_comes_before_that_of_its_routed_experts(no_tables: Path) -> None:
+    layer, other = replace(SHAPE_16B, shared=2), replace(PLAN, group=16)
+    path = no_tables / "packaged" / "h200.json"
+    write(path, Entry(SHAPE_16B, PLAN, 1, 2))
+    assert choose.choose(layer, H200) == PLAN
+    write(path, Entry(layer, other, 1, 2))
+    assert [choose.choose(shape, H200) for shape in (layer, SHAPE_16B)] == [other, PLAN]
+    assert {entry.shape for entry in tuned.read(path)[1]} == {layer, SHAPE_16B}
+    assert choose.choose(replace(layer, shared=1), H200) == PLAN
+
+
 def test_a_plan_of_other_tokens_is_taken_if_the_model_likes_it_nearly_as_well(no_tables: Path) -> None:
     good = replace(choose.choose(replace(SHAPE_16B, tokens=3072), H200), group=4)
     write(no_tables / "packaged" / "h200.json", Entry(replace(SHAPE_16B, tokens=3072), good, 1, 2))

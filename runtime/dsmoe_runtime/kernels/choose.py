@@ -82,9 +82,11 @@ def bucket(tokens: int) -> int:
     return 3 * whole // 4 if whole >= 4 and tokens <= 3 * whole // 4 else whole
 
 
-def shape_of(tokens: int, hidden: int, width: int, experts: int, top_k: int, dtype: torch.dtype) -> Shape:
+def shape_of(
+    tokens: int, hidden: int, width: int, experts: int, top_k: int, dtype: torch.dtype, shared: int = 0
+) -> Shape:
     """A call's shape, with its tokens in their bucket."""
-    return Shape(bucket(tokens), hidden, width, experts, top_k, str(dtype).removeprefix("torch."))
+    return Shape(bucket(tokens), hidden, width, experts, top_k, str(dtype).removeprefix("torch."), shared)
 
 
 def choose(shape: Shape, device: Device) -> Plan:

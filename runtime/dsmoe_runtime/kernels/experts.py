@@ -108,7 +108,7 @@ def plan_of_sizes(x: Tensor, top_k: int, w: Weights) -> Plan:
     """The plan as it is chosen. In a graph for any number of tokens it is one that is right for all of them."""
     tokens: int | torch.SymInt = x.shape[0]
     device = facts(x.device) if x.device.type == "cuda" else named("H200")
-    sizes = (x.shape[1], w.width, w.gate_up.shape[0], top_k, x.dtype)
+    sizes = (x.shape[1], w.width, w.gate_up.shape[0], top_k, x.dtype, w.n_shared)
     if isinstance(tokens, int):
         return choose(shape_of(max(1, tokens), *sizes), device)
     plan = choose(shape_of(tokens.node.hint or MANY_TOKENS, *sizes), device)

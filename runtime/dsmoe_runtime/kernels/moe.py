@@ -51,31 +51,36 @@ def moe(
         eps, scale, router_dtype,
     )  # fmt: skip
     w = Weights.of(gate_up, down, gate_up_bias, down_bias, activation, alpha, limit, layout)
-    plan = plan_for(x, top_k, w)
     if shared_gate_up is None or shared_down is None:
-        return run(x, experts, weights, w, plan), experts
-    if plan.regime != "sorted" and shared_gate is None and sliceable(w, shared_down):
-        return run(x, experts, weights, sliced(w, shared_gate_up, shared_down), plan), experts
-    answer = shared_experts(x, shared_gate_up, shared_down, activation, alpha, limit)
+        return run(x, experts, weights, w, plan_for(x, top_k, w)), experts
+    if shared_gate is None and sliceable(w, shared_gate_up, shared_down):
+        w = sliced(w, shared_gate_up, shared_down)
+        return answer(x, experts, weights, w, plan_for(x, top_k, w)), experts
+    extra = shared_experts(x, shared_gate_up, shared_down, activation, alpha, limit)
     if shared_gate is not None:
-        answer = answer * F.linear(x, shared_gate).sigmoid()
-    return run(x, experts, weights, w, plan, extra=answer), experts
+        extra = extra * F.linear(x, shared_gate).sigmoid()
+    return run(x, experts, weights, w, plan_for(x, top_k, w), extra=extra), experts
 
 
-def sliceable(w: Weights, shared_down: Tensor) -> bool:
+def answer(x: Tensor, experts: Tensor, weights: Tensor, w: Weights, plan: Plan) -> Tensor:
+    """`y [T, H]` of the routed experts and of w's shared slices, which a sorted plan has beside its launches."""
+    if plan.regime != "sorted" or w.shared_gate_up is None or w.shared_down is None:
+        return run(x, experts, weights, w, plan)
+    extra = shared_experts(x, w.shared_gate_up, w.shared_down, w.activation, w.alpha, w.limit)
+    return run(x, experts, weights, w._replace(shared_gate_up=None, shared_down=None, n_shared=0), plan, extra=extra)
+
+
+def sliceable(w: Weights, shared_gate_up: Tensor, shared_down: Tensor) -> bool:
     """Whether the shared experts are a whole number of MLPs as wide as a routed expert, read the same way."""
-    return (
-        shared_down.shape[1] % w.width == 0 and w.gate_up.stride(2) == 1 and w.down.stride(2) == 1 and w.gate_step == 1
-    )
+    rows = all(weight.stride(2) == 1 for weight in (w.gate_up, w.down)) and w.gate_step == 1
+    whole = shared_gate_up.is_contiguous() and shared_down.is_contiguous()
+    return rows and whole and shared_down.shape[1] % w.width == 0
 
 
 def sliced(w: Weights, shared_gate_up: Tensor, shared_down: Tensor) -> Weights:
     """With the shared experts as slices beside the routed ones."""
-    return w._replace(
-        shared_gate_up=shared_gate_up.contiguous(),
-        shared_down=shared_down.contiguous(),
-        n_shared=shared_down.shape[1] // w.width,
-    )
+    n_shared = shared_down.shape[1] // w.width
+    return w._replace(shared_gate_up=shared_gate_up, shared_down=shared_down, n_shared=n_shared)
 
 
 def shared_experts(

@@ -9,7 +9,10 @@ REGIMES = ("pairs", "scan", "sorted")
 
 @dataclass(frozen=True)
 class Shape:
-    """One call of the experts: T tokens, hidden H, width I, E experts, K of them a token; `dtype` as in "bfloat16"."""
+    """One call of the experts: T tokens, hidden H, width I, E experts, K of them a token; `dtype` as in "bfloat16".
+
+    shared: shared experts as wide as a routed one, which a layer's launches for few tokens compute, too.
+    """
 
     tokens: int
     hidden: int
@@ -17,6 +20,7 @@ class Shape:
     experts: int
     top_k: int
     dtype: str
+    shared: int = 0
 
 
 @dataclass(frozen=True)

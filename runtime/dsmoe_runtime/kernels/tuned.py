@@ -4,9 +4,10 @@
      "plans": [{"dtype": "bfloat16", "hidden": 2048, "width": 1408, "experts": 64, "top_k": 6, "tokens": 1,
                 "regime": "pairs", "up": [1, 4, 1024, 4, 1], "down": [1, 2, 2048, 4, 6], "us": 28.9, "default_us": 31}]}
 
-A tile is [block_m, block_n, block_k, num_warps, num_stages]; what a plan leaves out has Plan's default. A table counts
-on its own kind of GPU and release of Triton alone. The user's come before the package's, and a file that cannot be read
-is ignored with a warning that names it.
+A tile is [block_m, block_n, block_k, num_warps, num_stages]; what a plan leaves out has Plan's default, and "shared" is
+given where shared experts were computed in the same launches. A table counts on its own kind of GPU and release of
+Triton alone. The user's come before the package's, and a file that cannot be read is ignored with a warning that names
+it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +69,17 @@ def triton_release() -> str:
 def plans(shape: Shape, device: Device) -> Mapping[int, Plan]:
     """Tuned plans of these sizes by their number of tokens (`shape.tokens` does not count); {} if there are none.
 
-    16-bit dtypes stand in for each other, after their own.
+    Plans without shared experts stand in for those with them, and 16-bit dtypes for each other, after their own.
     """
     found: dict[int, Plan] = {}
-    for dtype in (HALVES.get(shape.dtype), shape.dtype):
+    for shared, dtype in product(sorted({0, shape.shared}), (HALVES.get(shape.dtype), shape.dtype)):
         if dtype is None:
             continue
+        wanted = replace(shape, tokens=0, dtype=dtype, shared=shared)
         own = user_table(device, dtype)
         for path in (*_packaged(), *([own] if own.is_file() else [])):
             for entry in _usable(path, device, _stamp(path)):
-                if _same_layer(entry.shape, shape) and entry.shape.dtype == dtype:
+                if replace(entry.shape, tokens=0) == wanted:
                     found[entry.shape.tokens] = entry.plan
     return found
 
@@ -97,7 +100,9 @@ def store(entries: Iterable[Entry], device: Device, path: Path, made: Mapping[st
             "format": FORMAT, "gpu": device.name, "multiprocessors": device.multiprocessors,
             "triton": triton_release(), "made": dict(made or {}),
         }  # fmt: skip
-        ordered = sorted(kept.values(), key=lambda e: (e.shape.dtype, *(getattr(e.shape, size) for size in SIZES)))
+        ordered = sorted(
+            kept.values(), key=lambda e: (e.shape.dtype, *(getattr(e.shape, size) for size in (*SIZES, "shared")))
+        )
         lines = ",\n".join("  " + json.dumps(_to_json(entry)) for entry in ordered)
         text = json.dumps(head, indent=1)[:-2] + f',\n "plans": [\n{lines}\n ]\n}}\n'
         handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -138,10 +143,6 @@ def forget_tables() -> None:
     _packaged.cache_clear()
 
 
-def _same_layer(a: Shape, b: Shape) -> bool:
-    return (a.hidden, a.width, a.experts, a.top_k) == (b.hidden, b.width, b.experts, b.top_k)
-
-
 @cache
 def _packaged() -> tuple[Path, ...]:
     return tuple(sorted(PACKAGED.glob("*.json")))
@@ -171,7 +172,9 @@ def _to_json(entry: Entry) -> dict[str, Any]:
         if isinstance(value, Tile):
             plan[name] = list(asdict(value).values())
     times = {"us": round(entry.us, 2), "default_us": round(entry.default_us, 2)}
-    return {"dtype": entry.shape.dtype} | {size: getattr(entry.shape, size) for size in SIZES} | plan | times
+    sizes = {size: getattr(entry.shape, size) for size in SIZES}
+    shared = {"shared": entry.shape.shared} if entry.shape.shared else {}
+    return {"dtype": entry.shape.dtype} | sizes | shared | plan | times
 
 
 def _from_json(item: Any, number: int) -> Entry:
@@ -181,6 +184,8 @@ def _from_json(item: Any, number: int) -> Entry:
     values, parts = dict(item), {f.name: f for f in fields(Plan)}
     try:
         sizes = {size: values.pop(size) for size in SIZES}
+        if "shared" in values:
+            sizes["shared"] = values.pop("shared")
         if any(type(value) is not int or value < 1 for value in sizes.values()):
             raise ValueError(f"plan {number}: sizes must be whole numbers from 1 on, not {sizes}")
         shape = Shape(**sizes, dtype=str(values.pop("dtype")))

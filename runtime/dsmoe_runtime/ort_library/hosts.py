@@ -66,24 +66,27 @@ def inputs(layer: Layer | MoELayer, tokens: Any) -> dict[str, Tensor | None]:
 def plans_for(layer: Layer | MoELayer, given: dict[str, Any]) -> Plans:
     """As they would be chosen. Raises: TargetError for a layer that launches what is not ours."""
     from dsmoe_runtime.kernels.experts import plan_for
+    from dsmoe_runtime.kernels.moe import sliced
 
-    w = routed_weights(layer.routed, given)
-    plan = plan_for(given["x"], layer.routed.top_k, w)
+    x, top_k, w = given["x"], layer.routed.top_k, routed_weights(layer.routed, given)
     if isinstance(layer, Layer):
-        return Plans(plan)
-    check(layer, w, given["shared_down"])
+        return Plans(plan_for(x, top_k, w))
+    check(layer, w, given)
+    if layer.shared_width:
+        w = sliced(w, given["shared_gate_up"], given["shared_down"])
+    plan = plan_for(x, top_k, w)
     if plan.regime != "sorted" or not layer.shared_width:
         return Plans(plan)
-    return Plans(plan, sorted_plan(given["x"], shared_weights(layer, given)))
+    return Plans(plan, sorted_plan(x, shared_weights(layer, given)))
 
 
-def check(layer: MoELayer, w: Weights, shared_down: Tensor | None) -> None:
+def check(layer: MoELayer, w: Weights, given: dict[str, Any]) -> None:
     """Raises: TargetError for a layer that our kernels alone do not make, whatever the number of tokens."""
     from dsmoe_runtime.kernels import route
     from dsmoe_runtime.kernels.moe import sliceable
 
     reason = route.refusal(layer.routed.experts, layer.routed.top_k)
-    if reason is None and shared_down is not None and not sliceable(w, shared_down):
+    if reason is None and layer.shared_width and not sliceable(w, given["shared_gate_up"], given["shared_down"]):
         reason = (
             f"shared experts {layer.shared_width} wide beside routed ones {w.width} wide in layout "
             f"{layer.routed.layout!r}; they must be a whole number of such experts, and the layout concat or ungated"
