@@ -88,7 +88,7 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
     return notes
 
 
-def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> ASTSource:
+def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any], floats: str = "fp32") -> ASTSource:
     """Types, constants and known multiples of 16 as Triton's own launch finds them; memory is taken to be aligned."""
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | meta
     signature, constants, attributes = {}, {}, {}
@@ -103,7 +103,7 @@ def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> 
         elif parameter.is_constexpr or value is None or (value == 1 and known and not isinstance(value, float)):
             kind, constants[(index,)], by_sixteen = "constexpr", value, False
         elif isinstance(value, float):
-            kind, by_sixteen = "fp32", False
+            kind, by_sixteen = floats, False
         else:
             kind, by_sixteen = "i32", known and value % 16 == 0
         signature[parameter.name] = kind
@@ -113,10 +113,10 @@ def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> 
     return source(kernel, signature, constants, attributes)
 
 
-def built(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any]) -> dict[str, Any]:
+def built(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any], floats: str = "fp32") -> dict[str, Any]:
     """Registers, stack and shared memory in bytes, and how often each of WORDS is in the machine code."""
     options = {name: meta[name] for name in OPTIONS if name in meta}
-    compiled = triton.compile(source_of(kernel, arguments, meta), target=TARGET, options=options)
+    compiled = triton.compile(source_of(kernel, arguments, meta, floats), target=TARGET, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -264,8 +264,15 @@ PARTS = {
 
 
 def main(part: str) -> None:
-    """Print what is built, each different kernel once."""
+    """Print what is built, each different kernel once; "packages": what takes floats, as AOTInductor types them."""
     known = set()
+    if part == "packages":
+        for _, made in inference():
+            for kernel, arguments, meta, _ in made:
+                if kernel.__name__ not in known and any(isinstance(value, float) for value in arguments):
+                    known.add(kernel.__name__)
+                    print(json.dumps({"kernel": kernel.__name__} | built(kernel, arguments, meta, "fp64")), flush=True)
+        return
     for name, made in PARTS[part]():
         for kernel, arguments, meta, _ in made:
             source = source_of(kernel, arguments, meta)

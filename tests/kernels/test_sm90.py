@@ -79,6 +79,11 @@ def test_the_forward():
     assert all(found["HMMA"] + found["HGMMA"] and found["LDGSTS"] for found in gates)
 
 
+def test_floats_of_64_bits():
+    """AOTInductor types every float argument so: a variable that becomes one in a loop does not compile."""
+    assert {"attend_part", "route_kernel", "up_pairs", "up_sorted"} <= {found["kernel"] for found in build("packages")}
+
+
 @pytest.mark.slow
 def test_other_activations_and_nothing_that_gates():
     """No spills either; without a gate half the products and fewer registers."""

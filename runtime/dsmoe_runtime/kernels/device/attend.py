@@ -38,6 +38,7 @@ def attend_part(
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
+    scale = tl.cast(scale, tl.float32)  # float64 from a compiled graph
     q = tl.load(query + head * stride_qa + d, mask=inside, other=0.0).to(tl.float32) * scale
     best = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
