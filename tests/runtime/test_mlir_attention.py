@@ -12,8 +12,11 @@ pytest.importorskip("torch_mlir")
 
 from dsmoe_runtime.agreement import assert_within_budget
 from dsmoe_runtime.errors import InputError
-from dsmoe_runtime.mlir.attention import attention
-from dsmoe_runtime.mlir.levels import LEVELS, cpu_flags
+from dsmoe_runtime.mlir.attention import attention, attention_kernel
+from dsmoe_runtime.mlir.attention_lowering import attention_function
+from dsmoe_runtime.mlir.attention_place import AttentionSpec
+from dsmoe_runtime.mlir.formats import type_of
+from dsmoe_runtime.mlir.levels import LEVELS, best_level, cpu_flags
 from tests.runtime.op_cases import normal
 
 pytestmark = pytest.mark.skipif(not LEVELS["avx2"].flags <= cpu_flags(), reason="needs AVX2")
@@ -130,3 +133,15 @@ def test_what_does_not_fit_is_refused():
         attention(q, k, v, torch.ones(3, 5, dtype=torch.bool), causal=True)
     with pytest.raises(InputError, match="cast two"):
         attention(q.double(), k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_code_for_few_queries_alone_gives_the_same_bits(dtype):
+    """What a decode step is compiled to: one query and two heads of it for each head of keys."""
+    q, k, v = case(1, 4, 2, 1, 90, 64, 64, dtype)
+    mask = (torch.arange(90) < 70)[None]
+    spec = AttentionSpec(type_of(dtype), "i1", 0.125, best_level(), few=True)
+    y = torch.full_like(q, torch.nan)
+    attention_kernel(spec)([q, k, v, mask[None, None], y])
+    assert torch.equal(y, check(q, k, v, mask))
+    assert "attend_many" not in attention_function(spec).source

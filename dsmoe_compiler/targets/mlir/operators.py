@@ -35,6 +35,7 @@ from dsmoe_runtime.mlir.levels import Level
 from dsmoe_runtime.mlir.linear_lowering import LinearSpec, linear_function
 from dsmoe_runtime.mlir.moe_lowering import MoeSpec, moe_function
 from dsmoe_runtime.mlir.route_lowering import RouteSpec, route_function
+from dsmoe_runtime.mlir.row_tiles import MOST
 
 aten, ops = torch.ops.aten, torch.ops.dsmoe
 Where = Callable[[fx.Node], View]
@@ -138,7 +139,9 @@ def _attention(node: fx.Node, where: Where, level: Level) -> Operation | None:
     depth = views[0].sizes[-1]
     if scale is None and not isinstance(depth, int):
         return None
-    spec = AttentionSpec(views[0].element, kind, depth**-0.5 if scale is None else scale, level)
+    sizes = (*views[0].sizes[1:3], views[1].sizes[1])
+    few = all(isinstance(size, int) for size in sizes) and sizes[0] // sizes[2] * sizes[1] <= MOST
+    spec = AttentionSpec(views[0].element, kind, depth**-0.5 if scale is None else scale, level, few)
     return Operation(function_of(attention_function, spec), (*views, where(node)), (node,))
 
 

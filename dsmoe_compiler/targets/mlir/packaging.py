@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from dsmoe_compiler.phases import Phase
@@ -26,27 +27,32 @@ from dsmoe_compiler.targets.mlir.linking import Linked, link, write_sources
 from dsmoe_compiler.targets.mlir.opening import MODEL, OBJECTS
 from dsmoe_compiler.targets.mlir.program import Compiled, Objects
 from dsmoe_compiler.targets.mlir.schedule import schedule
-from dsmoe_compiler.targets.mlir.stages import show
+from dsmoe_compiler.targets.mlir.stages import called_by, glue_text
 from dsmoe_compiler.targets.mlir.tables import entry_name
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
 from dsmoe_compiler.targets.workers import Progress
 from dsmoe_model.checkpoint.json_files import write_json
+from dsmoe_runtime.mlir.formats import type_of
 from dsmoe_runtime.mlir.levels import LEVELS, Level, best_level, level_named
+from dsmoe_runtime.mlir.linear_lowering import LinearSpec, linear_function
 
 TEXT = "model.mlir"
 
 
 def package(
-    phases: Iterable[Phase], folder: Path, *, levels: Sequence[str] | None, progress: Progress
+    phases: Iterable[Phase], folder: Path, *, dtype: torch.dtype, levels: Sequence[str] | None, progress: Progress
 ) -> dict[str, Any]:
     """Compile the phases into `folder`: the manifest's entry about them. `levels` None: the best one of this machine.
 
+    Every model of `dtype` calls its linear: LLVM begins with that while the first phase is captured.
     Raises: TargetError.
     """
     wanted = chosen(levels)
     graphs: dict[str, fx.GraphModule] = {}
     with ExitStack() as stack:  # LLVM compiles one phase while the next is captured
         objects = {level.name: stack.enter_context(Objects(level)) for level in wanted}
+        for level in wanted:
+            objects[level.name].expect(linear_function(LinearSpec(type_of(dtype), type_of(dtype), None, level)))
         jobs: dict[tuple[str, str], Callable[[], Compiled]] = {}
         for phase in phases:
             graphs[phase.name] = phase.graph
@@ -54,11 +60,12 @@ def package(
                 progress(f"{phase.name}: torch-mlir, then LLVM for {level.name}")
                 plan = schedule(phase.graph, entry_name(phase.name, level), level)
                 jobs[phase.name, level.name] = objects[level.name].start(plan)
+        names = write_weights(graphs, folder / WEIGHTS, progress=progress)
         made = {place: result() for place, result in reversed(jobs.items())}
     compiled = {place: made[place] for place in jobs}
-    texts = [show(graph, name, "linalg", level=wanted[-1]).text for name, graph in graphs.items()]
+    plans, last = {name: compiled[name, wanted[-1].name].schedule for name in graphs}, objects[wanted[-1].name]
+    texts = [glue_text(plan, last.lowered(plan, {}), called_by(plan, None), "linalg") for plan in plans.values()]
     (folder / OBJECTS).mkdir()
-    names = write_weights(graphs, folder / WEIGHTS, progress=progress)
     images: dict[str, bytes] = {}
     for one in compiled.values():  # the least level comes first
         for function, image in one.images.items():

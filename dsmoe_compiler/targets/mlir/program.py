@@ -63,6 +63,8 @@ class Objects:
         self.versions = (compiler_version(), level.cpu, level.features)
         self.pool = ThreadPoolExecutor(1)
         self.jobs: dict[str, Job] = {}
+        self.early: dict[str, float] = {}  # seconds of what was begun before there was a plan
+        self.glued: dict[str, dict[str, Glued]] = {}
 
     def __enter__(self) -> Objects:
         return self
@@ -70,15 +72,27 @@ class Objects:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
+    def expect(self, one: function.Function) -> None:
+        """Begin to compile a function that a plan will probably call."""
+        self.function(one, self.early)
+
+    def lowered(self, plan: Schedule, seconds: dict[str, float]) -> dict[str, Glued]:
+        """The glue of a plan, lowered once."""
+        if plan.name not in self.glued:
+            self.glued[plan.name] = lower_all(plan, seconds)
+        return self.glued[plan.name]
+
     def start(self, plan: Schedule) -> Callable[[], Compiled]:
         """Begin to compile; what comes back waits for the end."""
         seconds = {"schedule": plan.seconds}
         jobs = {one.name: self.function(one, seconds) for one in plan.functions.values()}
         key = "\n".join((*self.versions, torch.__version__, *lowering.VERSION, plan.key))
-        jobs[plan.name] = self.job(key, lambda: program_module(plan, lower_all(plan, seconds)), plan.name, seconds)
+        jobs[plan.name] = self.job(key, lambda: program_module(plan, self.lowered(plan, seconds)), plan.name, seconds)
 
         def result() -> Compiled:
             made = {name: job() for name, job in reversed(jobs.items())}  # from the end that the other thread is not at
+            for stage in list(self.early):
+                seconds[stage] = seconds.get(stage, 0.0) + self.early.pop(stage)
             return Compiled(plan, self.level, {name: made[name] for name in jobs}, seconds)
 
         return result

@@ -52,8 +52,7 @@ def show(
     seconds = {"schedule": plan.seconds}
     glued = lower_all(plan, seconds)
     if stage in ("torch", "linalg"):
-        texts = [f"// {heading(plan, one)}\n{getattr(glued[one], stage)}" for one in glued if one in wanted]
-        text = "\n".join([calls(plan, wanted), *texts])
+        text = glue_text(plan, glued, wanted, stage)
     else:
         source = module_of(plan, glued, wanted, whole=layer is None)
         text = f"{calls(plan, wanted)}\n{source}"
@@ -63,6 +62,12 @@ def show(
             seconds["llvm"] = time.perf_counter() - start
     past = {"torch": ("linalg", "scheduled"), "linalg": ("scheduled",)}.get(stage, ())
     return StageText(name, stage, text, {key: value for key, value in seconds.items() if key not in past})
+
+
+def glue_text(plan: Schedule, glued: dict[str, Glued], wanted: set[str], stage: str) -> str:
+    """The glue at a stage of its own, torch or linalg, under a comment that says what is called from where."""
+    texts = [f"// {heading(plan, one)}\n{getattr(glued[one], stage)}" for one in glued if one in wanted]
+    return "\n".join([calls(plan, wanted), *texts])
 
 
 def called_by(plan: Schedule, layer: str | None) -> set[str]:

@@ -34,7 +34,8 @@ def attention_function(spec: AttentionSpec) -> Function:
     name = symbol("attention", spec)
     code = Code(name)
     attend_few(code, spec)
-    attend_many(code, spec)
+    if not spec.few:
+        attend_many(code, spec)
     shared = [*spec.handed(), ("%counters", team.COUNTERS)]
     with code.function("work", ", ".join(f"{n}: {kind}" for n, kind in shared)):
         _work(code, spec)
@@ -67,12 +68,8 @@ def _work(code: Code, spec: AttentionSpec) -> None:
         begin = code.mul(part, step)
         count = code.least(code.sub(sizes.of_kv_head, begin), step)
         names, kinds = (", ".join(side) for side in zip(*spec.handed(), strict=True))
-        few = code.compare("ule", count, MOST)
-        for which in ("few", "many"):
-            if which == "many":
-                yes = code.let("arith.constant true", "k")
-                few = code.let(f"arith.xori {few}, {yes} : i1")
-            with code.when(few):
+        for which, condition in (("few", "ule"),) if spec.few else (("few", "ule"), ("many", "ugt")):
+            with code.when(code.compare(condition, count, MOST)):
                 code.line(
                     f"func.call @attend_{which}({batch}, {head}, {begin}, {count}, {mine}, {names}) : "
                     f"(index, index, index, index, index, {kinds}) -> ()"

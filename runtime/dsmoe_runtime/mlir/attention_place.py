@@ -31,6 +31,7 @@ class AttentionSpec:
     mask: str  # "none", "causal", "i1": true is visible, or the element of a mask that is added
     scale: float
     level: Level
+    few: bool = False  # a head of keys never has more queries than a row tile takes: half of the code
 
     @property
     def lanes(self) -> int:
