@@ -40,6 +40,7 @@ def row_tile(code: Code, element: str, lanes: int, tokens: int, rows: int) -> No
     matrix, kind, step = MATRIX.format(element), f"vector<{lanes}xf32>", 2 * lanes
     pairs, stored = code.dot and split_pairs(element), f"vector<{step}x{element}>"
     chains = 2 if tokens * rows < 8 else 1  # eight sums in flight hide the latency of a product
+    ahead = rows * (2 if tokens == 1 and element != "f32" else 1)  # short rows: one tile is read before memory answers
     with code.function(f"rows_{element}_{tokens}x{rows}", arguments(element)):
         w_rows = [code.add("%row", n) for n in range(rows)]
         x_bases = [code.add("%base", code.mul("%pitch", m)) for m in range(tokens)]
@@ -68,8 +69,8 @@ def row_tile(code: Code, element: str, lanes: int, tokens: int, rows: int) -> No
         def steps(start: Value, stop: str, count: int, sums: list[str]) -> list[str]:
             with code.loop(start, stop, count * step, sums, kind) as body:
                 for row in w_rows:  # the rows that come next: memory works while this tile computes
-                    ahead = f"%w[{code.add(row, rows)}, {body.index}]"
-                    code.line(f"memref.prefetch {ahead}, read, locality<2>, data : {matrix}")
+                    place = f"%w[{code.add(row, ahead)}, {body.index}]"
+                    code.line(f"memref.prefetch {place}, read, locality<2>, data : {matrix}")
                 sums = body.carried
                 for number in range(count):
                     k = code.add(body.index, number * step)
