@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_model.checkpoint.json_files import PLAIN_NAME
-from dsmoe_runtime.cache import cache_folder, writable_by_others
+from dsmoe_runtime.cache import own_folder
 
 log = logging.getLogger(__name__)
 ENTRY = "entry.json"
@@ -44,19 +44,7 @@ def limit() -> int:
 
 def folder() -> Path | None:
     """Where entries are, made if need be; None, and a warning, if others than this user may write there."""
-    root = cache_folder("compiled")
-    try:
-        others = writable_by_others(root)
-    except OSError as error:
-        log.warning("%s cannot be used (%s): nothing compiled is cached", root, error.strerror)
-        return None
-    if others:
-        log.warning(
-            "%s, so nothing compiled is taken from it or kept in it; name a folder of your own with DSMOE_CACHE_DIR",
-            others,
-        )
-        return None
-    return root
+    return own_folder("compiled", "nothing compiled is taken from it or kept in it")
 
 
 def read(key: str, into: Path) -> dict[str, Any] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 def cache_folder(name: str) -> Path:
@@ -13,6 +16,23 @@ def cache_folder(name: str) -> Path:
     if own:
         return Path(own).expanduser() / name
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmoe" / name
+
+
+def own_folder(name: str, lost: str) -> Path | None:
+    """`cache_folder(name)`, made if need be, for what is run when it is found again.
+
+    None, and a warning that ends with what is `lost`, if others than this user may write there or it cannot be made.
+    """
+    folder = cache_folder(name)
+    try:
+        others = writable_by_others(folder)
+    except OSError as error:
+        log.warning("%s cannot be used (%s): %s", folder, error.strerror, lost)
+        return None
+    if others:
+        log.warning("%s, so %s; name a folder of your own with DSMOE_CACHE_DIR", others, lost)
+        return None
+    return folder
 
 
 def writable_by_others(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import subprocess
@@ -95,6 +96,21 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DSMOE_CACHE_DIR", str(tmp_path / "file"))
     assert cache.cached("key", lambda: b"object") == b"object"
+
+
+def test_objects_that_others_could_have_written_are_not_loaded(tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "mlir"
+    monkeypatch.setenv("DSMOE_CACHE_DIR", str(tmp_path))
+    assert cache.cached("key", lambda: b"object") == b"object"
+    folder.chmod(0o770)
+    cache._folder.cache_clear()
+    monkeypatch.setattr(logging.getLogger("dsmoe_runtime"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert cache.cached("key", lambda: b"made now") == b"made now"
+    assert len(caplog.messages) == 1
+    assert "others than you" in caplog.messages[0]
+    assert "DSMOE_CACHE_DIR" in caplog.messages[0]
 
 
 def test_what_is_no_object_is_refused():
