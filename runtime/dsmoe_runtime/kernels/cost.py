@@ -2,7 +2,8 @@
 
 Constants are fitted to 66 timings of single kernels on an H200 (16B and 2B shapes, T = 64 to 16384): 6 % rms, and in
 each of the ten groups the tile that the model likes best is the best one measured.
-Of "pairs" it knows less: 20 % off on average for one shape, its favourite up to 16 % behind; there tuning pays most.
+Of "pairs" it knows less (1299 timings of seven layers, T = 1, 2 and 4): its favourite tiles of up take 1.4 % more than
+the best of ten on average, those of down 2.5 % more than the best of up to 65, at most 6 and 10 %; there tuning pays.
 
 A slot is one of the T K pairs of a token and an expert.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 from dsmoe_runtime.kernels.gpu import Device
 from dsmoe_runtime.kernels.plan import REGIMES, Plan, Shape, Tile
@@ -26,6 +28,21 @@ SMALL_ROWS = 0.78  # of the rate, for products of 16 and 32 rows, which are no w
 NARROW, THREE_STAGES, TALL, SMALL_EIGHT_WARPS = 0.95, 0.90, 0.90, 0.87
 SPECIALISED_ROWS, SPECIALISED = 448, (1.02, 0.94)  # time of specialised kernels, from so many rows an expert on: V3's
 # experts (88 MB each, beyond the L2 cache) took 27.9 ms in them at 512 rows and 20.8 ms in the others
+
+
+class Stream(NamedTuple):
+    """How a kernel of matrices times vectors reads: fitted, for up and for down."""
+
+    half: float  # of IN_FLIGHT, that fetches at half of `saturation`
+    saturation: float
+    spilled: float  # registers of a thread from which on they spill
+    wave: float  # us in which a program has nothing in flight: waiting for its first answer, summing across the warps
+    step: float  # and between two steps
+    uneven: float  # of a last wave that is not full, what is paid
+
+
+UP_STREAM, DOWN_STREAM = Stream(0.245, 1.1, 1376, 0.23, 0.2, 0.066), Stream(1.186, 1.2, 168, 0.39, 0.64, 0.107)
+CHAINED = 0.8  # of the two kernels' times apart: the second reads ahead while the first ends
 SHARPNESS = 2.8  # how far memory and products hide each other: 1 adds, infinity takes the longer
 FLOAT_SHARE = 0.5  # of the float32 rate that an exact tl.dot reaches
 
@@ -117,7 +134,7 @@ def predict(shape: Shape, plan: Plan, device: Device) -> float:
         return 0.0
     parts = predict_up(shape, plan, device) + predict_down(shape, plan, device)
     if plan.regime == "pairs":
-        return parts
+        return CHAINED * parts
     size, slots = BYTES[shape.dtype], shape.tokens * shape.top_k
     if plan.specialised:
         fits = 3 * shape.width * shape.hidden * size <= device.l2_bytes
@@ -213,7 +230,7 @@ def _pairs_up(shape: Shape, tile: Tile, device: Device) -> float:
     flight = 2 * tile.block_n * min(tile.block_k, shape.hidden) * size
     steps = -(-shape.hidden // tile.block_k)  # in one step the sums need no registers beside the products
     registers = 2 * each * (size / 4 + (1 if steps > 1 else 0.5)) + 40
-    return _vector(moved, flight, programs, registers, shape.hidden * size, tile, device, steps)
+    return _vector(moved, flight, programs, registers, shape.hidden * size, tile, device, UP_STREAM, steps)
 
 
 def _pairs_down(shape: Shape, tile: Tile, device: Device) -> float:
@@ -223,7 +240,8 @@ def _pairs_down(shape: Shape, tile: Tile, device: Device) -> float:
     programs = shape.tokens * -(-shape.hidden // tile.block_n)
     moved = _read_by_pairs(shape, shape.width * shape.hidden * size, device)
     flight = max(1, ahead) * tile.block_n * min(tile.block_k, shape.width) * size
-    return _vector(moved, flight, programs, each * (1 + ahead * size / 4) + 40, shape.width * size, tile, device)
+    registers = each * (1 + ahead * size / 4) + 40
+    return _vector(moved, flight, programs, registers, shape.width * size, tile, device, DOWN_STREAM, 1)
 
 
 def _read_by_pairs(shape: Shape, expert_bytes: float, device: Device) -> float:
@@ -234,16 +252,24 @@ def _read_by_pairs(shape: Shape, expert_bytes: float, device: Device) -> float:
 
 
 def _vector(
-    moved: float, flight: float, programs: int, registers: float, row: int, tile: Tile, device: Device, steps: int = 1
+    moved: float,
+    flight: float,
+    programs: int,
+    registers: float,
+    row: int,
+    tile: Tile,
+    device: Device,
+    s: Stream,
+    steps: int,
 ) -> float:
     """Microseconds of a kernel of matrices times vectors; what does not fit in registers is spilled, and slow."""
     together = resident(int(registers), 0, tile, device)
     busy = min(together, programs / device.multiprocessors)
     asked = flight * busy
-    enough = _in_flight(device) / 2  # plain loads of whole rows, no wait for a stage
-    bandwidth = device.bandwidth * min(1.0, SATURATION * asked / (asked + enough)) * _aligned(row)
-    spilled = max(1.0, registers / 200)
+    bandwidth = device.bandwidth * min(1.0, s.saturation * asked / (asked + s.half * _in_flight(device)))
+    bandwidth *= _aligned(row)
+    spilled = max(1.0, registers / s.spilled)
     waves = programs / (device.multiprocessors * together)
-    uneven = 1 + 0.3 * (math.ceil(waves) / waves - 1) if waves > 1 else 1.0
-    ends = (0.27 + 0.03 * steps) * waves  # waits between steps, and sums across the warps, with nothing in flight
+    uneven = 1 + s.uneven * (math.ceil(waves) / waves - 1) if waves > 1 else 1.0
+    ends = (s.wave + s.step * steps) * waves
     return 1e6 * moved / bandwidth * spilled * uneven + ends + SLOWEST_START / 2
