@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import dsmoe_runtime.ops  # noqa: F401  registers the operator
 from dsmoe_runtime.agreement import assert_within_budget
-from dsmoe_runtime.errors import InputError
+from dsmoe_runtime.errors import CaptureError, InputError
 from dsmoe_runtime.kernels.attend import MOST_PARTS, attend, cut, refusal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,6 +96,9 @@ def test_the_operator_is_the_rule_on_a_cpu_and_checks_its_arguments() -> None:
     assert torch.equal(torch.ops.dsmoe.attend(query, key, value, mask, 8**-0.5), expected)
     with pytest.raises(InputError, match=r"the mask \(8,\) must have a value for each of 9 slots"):
         torch.ops.dsmoe.attend(query, key, value, mask[:8], 1.0)
+    torch.library.opcheck(torch.ops.dsmoe.attend.default, (query, key, value, mask, 0.3))
+    with pytest.raises(CaptureError, match="Differentiate scaled_dot_product_attention"):
+        torch.ops.dsmoe.attend(query.requires_grad_(), key, value, mask, 1.0).sum().backward()
     with pytest.raises(InputError, match=r"query \[1, A, 1, D\]"):
         torch.ops.dsmoe.attend(query.repeat(2, 1, 1, 1), key, value, mask, 1.0)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dsmoe_runtime.errors import InputError
 from dsmoe_runtime.ops.cuda import register_cuda
-from dsmoe_runtime.ops.library import register
+from dsmoe_runtime.ops.library import refuse_backward, register
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> None:
@@ -49,4 +49,5 @@ def _refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: flo
 
 
 register("attend(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor", attend, _fake)
+refuse_backward("attend", "a decode step is inference. Differentiate scaled_dot_product_attention")
 register_cuda("attend", attend, _refusal, check=_check)

@@ -49,11 +49,15 @@ def register_training(name: str, training: str, outputs: int) -> None:
 
 def refuse_second_backward(name: str) -> None:
     """Make the gradient of a backward operator an error that names it; silence would be a wrong second derivative."""
+    refuse_backward(
+        name, "the operators have first derivatives only. For a second one differentiate the eager model (dsmoe_model)"
+    )
+
+
+def refuse_backward(name: str, reason: str) -> None:
+    """Make the gradient of `dsmoe::name` an error that says why there is none."""
 
     def backward(ctx: Any, *_: Any) -> None:
-        raise CaptureError(
-            f"dsmoe::{name} has no gradient of its own: the operators have first derivatives only. "
-            "For a second one differentiate the eager model (dsmoe_model)"
-        )
+        raise CaptureError(f"dsmoe::{name} has no gradient of its own: {reason}")
 
     register_autograd(name, backward, lambda ctx, inputs, output: None)
