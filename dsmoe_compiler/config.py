@@ -25,7 +25,7 @@ class CompileConfig:
     `profile`: of "onnx", for any ONNX Runtime ("portable"; target None is then the
     CPU), for our kernels on a GPU ("ort-cuda"), or by ONNX Runtime's own operator ("ort-contrib").
     `levels`: of "mlir", the instructions to compile for, "avx2", "avx512" or both in one artifact, which then takes
-    what the processor has; None: the best that this machine has. Each costs its own time of LLVM.
+    what the processor has; None: avx2, and the best that this machine has. Each costs its own time of LLVM.
     `functions` False leaves the op's meaning in standard operators out of an "ort-cuda" model.
     `max_seq_len`: positions of the KV cache, prompt and answer together; None: the model's own limit, at most 512 where
     memory is set aside for them. `batch_size`: sequences at a time; "onnx" takes any number of them.

@@ -146,3 +146,14 @@ def test_generation_stops_at_the_capacity(folder: Path) -> None:
     runner = dsmoe.load(folder)
     out = runner.generate(torch.zeros(1, 90, dtype=torch.int64), max_new_tokens=6)
     assert out.shape == (1, 96)
+
+
+def test_an_artifact_runs_on_processors_without_avx512_unless_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dsmoe_compiler.targets.mlir import packaging
+
+    assert [level.name for level in packaging.chosen(None)] == sorted({"avx2", best_level().name})
+    monkeypatch.setattr(packaging, "best_level", lambda: LEVELS["avx512"])
+    assert [level.name for level in packaging.chosen(None)] == ["avx2", "avx512"]
+    assert [level.name for level in packaging.chosen(("avx512",))] == ["avx512"]

@@ -42,7 +42,7 @@ TEXT = "model.mlir"
 def package(
     phases: Iterable[Phase], folder: Path, *, dtype: torch.dtype, levels: Sequence[str] | None, progress: Progress
 ) -> dict[str, Any]:
-    """Compile the phases into `folder`: the manifest's entry about them. `levels` None: the best one of this machine.
+    """Compile the phases into `folder`: the manifest's entry about them. `levels` None: avx2 and this machine's best.
 
     Every model of `dtype` calls its linear: LLVM begins with that while the first phase is captured.
     Raises: TargetError.
@@ -95,8 +95,9 @@ def package(
 
 
 def chosen(names: Sequence[str] | None) -> list[Level]:
-    """The levels to compile for, the least first."""
-    return [best_level()] if names is None else sorted(map(level_named, names), key=[*LEVELS.values()].index)
+    """The levels to compile for, the least first: unless named, avx2 and the best of this machine."""
+    wanted = {"avx2", best_level().name} if names is None else set(names)
+    return [level for name, level in LEVELS.items() if name in wanted]
 
 
 def say(linked: Linked, progress: Progress) -> None:
