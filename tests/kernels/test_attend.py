@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import dsmoe_runtime.ops  # noqa: F401  registers the operator
 from dsmoe_runtime.agreement import assert_within_budget
 from dsmoe_runtime.errors import CaptureError, InputError
-from dsmoe_runtime.kernels.attend import MOST_PARTS, attend, cut, refusal
+from dsmoe_runtime.kernels.attend import BLOCK, MOST_PARTS, attend, refusal, span_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.usefixtures("poison")
@@ -84,9 +84,8 @@ def test_the_same_bits_on_every_run_and_from_a_graph() -> None:
 
 @pytest.mark.parametrize("slots", [1, 16, 17, 1024, 1025, 4096, 4097, 131072, 1000003])
 def test_few_parts_cover_all_slots(slots: int) -> None:
-    block, span = cut(slots)
-    assert span % block == 0
-    assert slots <= MOST_PARTS * span
+    assert span_of(slots) % BLOCK == 0
+    assert slots <= MOST_PARTS * span_of(slots)
 
 
 def test_the_operator_is_the_rule_on_a_cpu_and_checks_its_arguments() -> None:

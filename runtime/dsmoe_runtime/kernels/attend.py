@@ -13,8 +13,8 @@ from dsmoe_runtime.kernels.device.attend import attend_part, attend_sum
 from dsmoe_runtime.kernels.launch import chained, launch
 
 WIDEST = 256  # of a head
+BLOCK = 16  # slots that a program of one warp reads at a time: many programs, each with little to wait for
 MOST_PARTS = 128  # so many answers of a head one program sums
-FEW_SLOTS = 1024  # up to which a part has 16 slots, not 32: more programs, each with less to wait for
 
 
 def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -26,16 +26,15 @@ def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def cut(slots: int) -> tuple[int, int]:
-    """Slots that a program reads at a time, and in all."""
-    block = 16 if slots <= FEW_SLOTS else 32
-    return block, block * triton.cdiv(slots, block * MOST_PARTS)
+def span_of(slots: int) -> int:
+    """Slots that a program reads in all."""
+    return BLOCK * triton.cdiv(slots, BLOCK * MOST_PARTS)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """`[1, A, 1, D]`; arguments as in `ops.attend`."""
     _, heads, slots, width = key.shape
-    block, span = cut(slots)
+    span = span_of(slots)
     parts = triton.cdiv(slots, span)
     y = query.new_empty(query.shape)
     answers = query.new_empty((heads, parts, width), dtype=torch.float32)
@@ -44,8 +43,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     launch(
         attend_part, (parts, heads), query, key, value, mask.contiguous(), answers, sizes, slots, scale,
         query.stride(1), *key.stride()[1:3], *value.stride()[1:3],
-        SPAN=span, D=width, BLOCK_C=block, BLOCK_D=depth,
-        PDL=pdl, num_warps=2, pdl=pdl,
+        SPAN=span, D=width, BLOCK_C=BLOCK, BLOCK_D=depth,
+        PDL=pdl, num_warps=1, pdl=pdl,
     )  # fmt: skip
     launch(
         attend_sum, (heads,), answers, sizes, y, PARTS=parts, D=width, PADDED=triton.next_power_of_2(parts),
