@@ -276,8 +276,8 @@ def _package(
         return aoti.package(_phases(capture, config), folder, target=config.target, progress=progress), {}, None
     from dsmoe_compiler.targets.mlir import packaging
 
-    dtype = next(capture.model.parameters()).dtype
-    facts = packaging.package(_phases(capture, config), folder, dtype=dtype, levels=config.levels, progress=progress)
+    phases, model = _phases(capture, config), capture.model
+    facts = packaging.package(phases, folder, model=model, levels=config.levels, progress=progress)
     return {}, {"mlir": facts}, packaging.requirement(facts)
 
 

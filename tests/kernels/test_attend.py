@@ -93,13 +93,16 @@ def test_the_operator_is_the_rule_on_a_cpu_and_checks_its_arguments() -> None:
     mask = torch.arange(9) < 5
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None])
     assert torch.equal(torch.ops.dsmoe.attend(query, key, value, mask, 8**-0.5), expected)
-    with pytest.raises(InputError, match=r"the mask \(8,\) must have a value for each of 9 slots"):
-        torch.ops.dsmoe.attend(query, key, value, mask[:8], 1.0)
+    for wrong in (mask[:8], mask.float()):
+        with pytest.raises(InputError, match="a bool for each of 9 slots"):
+            torch.ops.dsmoe.attend(query, key, value, wrong, 1.0)
     torch.library.opcheck(torch.ops.dsmoe.attend.default, (query, key, value, mask, 0.3))
     with pytest.raises(CaptureError, match="Differentiate scaled_dot_product_attention"):
         torch.ops.dsmoe.attend(query.requires_grad_(), key, value, mask, 1.0).sum().backward()
     with pytest.raises(InputError, match=r"query \[1, A, 1, D\]"):
         torch.ops.dsmoe.attend(query.repeat(2, 1, 1, 1), key, value, mask, 1.0)
+    with pytest.raises(InputError, match=r"query \[1, A, 1, D\]"):
+        torch.ops.dsmoe.attend(query[0, 0], key, value, mask, 1.0)
 
 
 def test_what_the_kernels_refuse() -> None:

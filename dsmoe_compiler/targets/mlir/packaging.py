@@ -14,25 +14,27 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from dsmoe_compiler.phases import Phase
 from dsmoe_compiler.targets.mlir.linking import Linked, link, write_sources
 from dsmoe_compiler.targets.mlir.opening import MODEL, OBJECTS
-from dsmoe_compiler.targets.mlir.program import Compiled, Objects
+from dsmoe_compiler.targets.mlir.program import Compiled, Objects, compiling
 from dsmoe_compiler.targets.mlir.schedule import schedule
 from dsmoe_compiler.targets.mlir.stages import called_by, glue_text
 from dsmoe_compiler.targets.mlir.tables import entry_name
 from dsmoe_compiler.targets.weights import WEIGHTS, write_weights
 from dsmoe_compiler.targets.workers import Progress
 from dsmoe_model.checkpoint.json_files import write_json
+from dsmoe_model.transformer import Transformer
+from dsmoe_runtime.mlir.attention_lowering import attention_function
+from dsmoe_runtime.mlir.attention_place import AttentionSpec
 from dsmoe_runtime.mlir.formats import type_of
+from dsmoe_runtime.mlir.function import Function
 from dsmoe_runtime.mlir.levels import LEVELS, Level, best_level, level_named
 from dsmoe_runtime.mlir.linear_lowering import LinearSpec, linear_function
 
@@ -40,19 +42,20 @@ TEXT = "model.mlir"
 
 
 def package(
-    phases: Iterable[Phase], folder: Path, *, dtype: torch.dtype, levels: Sequence[str] | None, progress: Progress
+    phases: Iterable[Phase], folder: Path, *, model: Transformer, levels: Sequence[str] | None, progress: Progress
 ) -> dict[str, Any]:
-    """Compile the phases into `folder`: the manifest's entry about them. `levels` None: avx2 and this machine's best.
+    """Compile the phases of `model` into `folder`: the manifest's entry about them. `levels` None: see `chosen`.
 
-    Every model of `dtype` calls its linear: LLVM begins with that while the first phase is captured.
+    LLVM begins with what such a model calls in any case, while the first phase is captured.
     Raises: TargetError.
     """
     wanted = chosen(levels)
     graphs: dict[str, fx.GraphModule] = {}
-    with ExitStack() as stack:  # LLVM compiles one phase while the next is captured
-        objects = {level.name: stack.enter_context(Objects(level)) for level in wanted}
+    with compiling() as pool:  # LLVM compiles one phase while the next is captured
+        objects = {level.name: Objects(level, pool) for level in wanted}
         for level in wanted:
-            objects[level.name].expect(linear_function(LinearSpec(type_of(dtype), type_of(dtype), None, level)))
+            for function in expected(model, level):
+                objects[level.name].expect(function)
         jobs: dict[tuple[str, str], Callable[[], Compiled]] = {}
         for phase in phases:
             graphs[phase.name] = phase.graph
@@ -68,10 +71,10 @@ def package(
     (folder / OBJECTS).mkdir()
     images: dict[str, bytes] = {}
     for one in compiled.values():  # the least level comes first
-        for function, image in one.images.items():
-            images.setdefault(function, image)
-    for function, image in images.items():
-        (folder / OBJECTS / f"{function}.o").write_bytes(image)
+        for name, image in one.images.items():
+            images.setdefault(name, image)
+    for name, image in images.items():
+        (folder / OBJECTS / f"{name}.o").write_bytes(image)
     interfaces = {name: replace(compiled[name, wanted[0].name].schedule.interface(), entry=name) for name in graphs}
     described = {
         name: {
@@ -92,6 +95,13 @@ def package(
         "phases": list(graphs),
         "library": linked.to_dict(),
     }
+
+
+def expected(model: Transformer, level: Level) -> list[Function]:
+    """What the graphs of a model call, whatever its sizes: its linear, and attention of a prompt."""
+    element = type_of(model.embed_tokens.weight.dtype)
+    attention = AttentionSpec(element, "causal", model.config.head_dim**-0.5, level)
+    return [linear_function(LinearSpec(element, element, None, level)), attention_function(attention)]
 
 
 def chosen(names: Sequence[str] | None) -> list[Level]:

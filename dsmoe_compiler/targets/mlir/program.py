@@ -13,8 +13,9 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -49,28 +50,31 @@ class Compiled:
 def compile_graph(graph: fx.GraphModule, name: str, *, level: Level | None = None) -> Compiled:
     """Compile a graph to objects, that of the entry point `name` last, or find them in the cache."""
     level = level or best_level()
-    with Objects(level) as objects:
-        return objects.start(schedule(graph, name, level))()
+    with compiling() as pool:
+        return Objects(level, pool).start(schedule(graph, name, level))()
+
+
+@contextmanager
+def compiling() -> Iterator[ThreadPoolExecutor]:
+    """The one thread that compiles while the next plan is made: with more, Python, which makes it, would wait."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Objects:
-    """Compiles plans, every function once. One thread does so while the next plan is made: with more, Python, which
-    makes it, would wait. Who then waits for results takes over what has not begun: LLVM works outside Python's lock.
+    """Compiles plans for a level, every function once, in the thread of a pool. Who waits for results takes over what
+    has not begun: LLVM works outside Python's lock.
     """
 
-    def __init__(self, level: Level) -> None:
-        self.level = level
+    def __init__(self, level: Level, pool: ThreadPoolExecutor) -> None:
+        self.level, self.pool = level, pool
         self.versions = (compiler_version(), level.cpu, level.features)
-        self.pool = ThreadPoolExecutor(1)
         self.jobs: dict[str, Job] = {}
         self.early: dict[str, float] = {}  # seconds of what was begun before there was a plan
         self.glued: dict[str, dict[str, Glued]] = {}
-
-    def __enter__(self) -> Objects:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
 
     def expect(self, one: function.Function) -> None:
         """Begin to compile a function that a plan will probably call."""

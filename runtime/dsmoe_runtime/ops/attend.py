@@ -6,6 +6,7 @@ the libraries read all slots, seen or not, with a program for each head. A heads
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,12 +16,14 @@ from dsmoe_runtime.ops.library import refuse_backward, register
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> None:
-    heads, width = query.shape[1], query.shape[-1]
-    if query.shape != (1, heads, 1, width) or key.shape != (1, heads, key.shape[2], width) or value.shape != key.shape:
+    sizes = tuple(query.shape), tuple(key.shape)
+    heads, width, slots = query.shape[1:2], query.shape[-1:], key.shape[2:3]
+    if sizes != ((1, *heads, 1, *width), (1, *heads, *slots, *width)) or value.shape != key.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
         raise InputError(f"dsmoe::attend takes query [1, A, 1, D], key and value [1, A, C, D], not {shapes}")
-    if mask.numel() != key.shape[2]:
-        raise InputError(f"the mask {tuple(mask.shape)} must have a value for each of {key.shape[2]} slots")
+    if mask.dtype != torch.bool or mask.numel() != key.shape[2]:
+        found = f"{mask.dtype} {tuple(mask.shape)}"
+        raise InputError(f"the mask must have a bool for each of {key.shape[2]} slots; it is {found}")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
