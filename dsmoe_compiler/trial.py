@@ -93,9 +93,8 @@ class Trial:
         self.weights_TK = noise / noise.norm(dim=-1, keepdim=True)
         self.stacks = [weights.of(r) for r in range(rotations)]
         self.arguments = [Arguments.of(*s, None, None, "silu", 1.0, 1.0, "concat") for s in self.stacks]
-        self.shared = [weights.shared_of(r) for r in range(rotations)] if shape.shared else []
         if shape.shared:
-            self.arguments = [sliced(w, *s) for w, s in zip(self.arguments, self.shared, strict=True)]
+            self.arguments = [sliced(w, *weights.shared_of(r)) for r, w in enumerate(self.arguments)]
         self.pool: Any = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._graphs: dict[Plan, torch.cuda.CUDAGraph] = {}
         self._rounds: dict[Plan, int] = {}
@@ -187,11 +186,10 @@ class Trial:
             stack = gate_up[expert].to(dtype), down[expert].to(dtype)
             answers[rows, slots] = mlp(x, *stack, None, None, "silu", 1.0, 1.0, False).to(wide)
         total = (answers * weights[..., None].to(wide)).sum(1)
-        if self.shared:
-            shared_gate_up, shared_down = (part.to(dtype) for part in self.shared[0])
-            total += mlp(
-                self.x[0][sample].to(dtype), shared_gate_up, shared_down, None, None, "silu", 1.0, 1.0, False
-            ).to(wide)
+        w = self.arguments[0]
+        if w.shared_gate_up is not None and w.shared_down is not None:
+            x, shared = self.x[0][sample].to(dtype), (w.shared_gate_up.to(dtype), w.shared_down.to(dtype))
+            total += mlp(x, *shared, None, None, "silu", 1.0, 1.0, False).to(wide)
         return total.to(dtype)
 
 

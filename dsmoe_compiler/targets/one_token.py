@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 import dsmoe_runtime.ops  # noqa: F401  registers the operator
+from dsmoe_compiler.targets.lower import positional
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -52,16 +53,15 @@ def attend(graph: fx.GraphModule) -> int:
     """
     changed = 0
     for call in graph.graph.find_nodes(op="call_function", target=SDPA):
-        q, k, v, mask, *others = call.args if len(call.args) > 3 else (*call.args, call.kwargs.get("attn_mask"))
-        options = {name: value for name, value in call.kwargs.items() if name != "attn_mask" and value}
-        if not isinstance(mask, fx.Node) or any(others) or options.keys() - {"scale"}:
+        q, k, v, mask, dropout, causal, scale, shared_keys = positional(call)
+        if not isinstance(mask, fx.Node) or dropout or causal or shared_keys:
             continue
         query, key, value, seen = (one.meta["val"] for one in (q, k, v, mask))
         alike = key.shape == value.shape and query.shape == (1, key.shape[1], 1, key.shape[3])
         if not alike or seen.dtype != torch.bool or seen.numel() != key.shape[2]:
             continue
         call.target, call.kwargs = torch.ops.dsmoe.attend.default, {}
-        call.args = (q, k, v, mask, options.get("scale", key.shape[3] ** -0.5))
+        call.args = (q, k, v, mask, key.shape[3] ** -0.5 if scale is None else scale)
         changed += 1
     graph.recompile()
     return changed
@@ -78,7 +78,7 @@ def masks_to_float(graph: fx.GraphModule) -> int:
     made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     changed = 0
     for call in graph.graph.find_nodes(op="call_function", target=SDPA):
-        mask = call.kwargs.get("attn_mask", call.args[3] if len(call.args) > 3 else None)
+        mask = positional(call)[3]
         if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
             continue
         dtype = call.args[0].meta["val"].dtype

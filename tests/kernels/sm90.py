@@ -88,7 +88,7 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
     return notes
 
 
-def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any], floats: str = "fp32") -> ASTSource:
+def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any], floats: str) -> ASTSource:
     """Types, constants and known multiples of 16 as Triton's own launch finds them; memory is taken to be aligned."""
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | meta
     signature, constants, attributes = {}, {}, {}
@@ -113,7 +113,7 @@ def source_of(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any], flo
     return source(kernel, signature, constants, attributes)
 
 
-def built(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any], floats: str = "fp32") -> dict[str, Any]:
+def built(kernel: Any, arguments: tuple[Any, ...], meta: dict[str, Any], floats: str) -> dict[str, Any]:
     """Registers, stack and shared memory in bytes, and how often each of WORDS is in the machine code."""
     options = {name: meta[name] for name in OPTIONS if name in meta}
     compiled = triton.compile(source_of(kernel, arguments, meta, floats), target=TARGET, options=options)
@@ -258,29 +258,35 @@ def sweep() -> Iterator[tuple[str, list[Launch]]]:
             yield f"{name} T={tokens} float32", forward(name, tokens, torch.float32)
 
 
+def packages() -> Iterator[tuple[str, list[Launch]]]:
+    """Each kernel of the forward that takes floats, once."""
+    known = set()
+    for name, made in inference():
+        for launch in made:
+            kernel, arguments, *_ = launch
+            if kernel not in known and any(isinstance(value, float) for value in arguments):
+                known.add(kernel)
+                yield name, [launch]
+
+
 PARTS = {
-    "forward": inference, "specialised": specialised, "others": others, "training": backward, "sweep": sweep
+    "forward": inference, "packages": packages, "specialised": specialised, "others": others, "training": backward,
+    "sweep": sweep,
 }  # fmt: skip
+FLOATS = {"packages": "fp64"}  # as AOTInductor types them
 
 
 def main(part: str) -> None:
-    """Print what is built, each different kernel once; "packages": what takes floats, as AOTInductor types them."""
-    known = set()
-    if part == "packages":
-        for _, made in inference():
-            for kernel, arguments, meta, _ in made:
-                if kernel.__name__ not in known and any(isinstance(value, float) for value in arguments):
-                    known.add(kernel.__name__)
-                    print(json.dumps({"kernel": kernel.__name__} | built(kernel, arguments, meta, "fp64")), flush=True)
-        return
+    """Print what is built, each different kernel once."""
+    known, floats = set(), FLOATS.get(part, "fp32")
     for name, made in PARTS[part]():
         for kernel, arguments, meta, _ in made:
-            source = source_of(kernel, arguments, meta)
+            source = source_of(kernel, arguments, meta, floats)
             key = source.hash() + str({option: meta.get(option) for option in OPTIONS})
             if key not in known:
                 known.add(key)
                 tile = {size: meta.get(size) for size in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "TMA", *OPTIONS)}
-                figures = built(kernel, arguments, meta)
+                figures = built(kernel, arguments, meta, floats)
                 print(json.dumps({"kernel": kernel.__name__, "name": name} | tile | figures), flush=True)
 
 
