@@ -105,6 +105,10 @@ def attended(op: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:
     return op(query, key, value, torch.arange(key.shape[2], device=key.device) < 5, 0.25)
 
 
+def multiplied(op: Any, x: Tensor, *weights: Tensor) -> Any:
+    return op(x, list(weights))
+
+
 def inputs_of(name: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     def made(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
@@ -112,6 +116,8 @@ def inputs_of(name: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     experts = (made(EXPERTS, 2 * WIDTH, HIDDEN), made(EXPERTS, HIDDEN, WIDTH))
     if name == "attend":
         return (made(1, CHOSEN, 1, HIDDEN), *(made(1, CHOSEN, 40, HIDDEN) for _ in range(2)))
+    if name == "gemv":
+        return (made(1, HIDDEN), made(WIDTH, HIDDEN), made(3, HIDDEN))
     if name == "route":
         return (made(tokens, EXPERTS),)
     if name == "experts":
@@ -122,7 +128,7 @@ def inputs_of(name: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def exported(name: str, tokens: int, dtype: torch.dtype) -> fx.GraphModule:
-    after = {"route": routed, "experts": answered, "moe": whole, "attend": attended}[name]
+    after = {"route": routed, "experts": answered, "moe": whole, "attend": attended, "gemv": multiplied}[name]
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = inputs_of(name, tokens, dtype)
     free: Any = None

@@ -33,7 +33,7 @@ def traced() -> Any:
         *("toy:96:bfloat16", "toy:1:float32", "toy:96:float64"),
         *("cut:96:bfloat16", "cut:1:bfloat16"),
         *(f"{name}:{tokens}:bfloat16" for name in ("route", "experts", "moe") for tokens in (1, 96, LONG)),
-        "attend:1:bfloat16",
+        *("attend:1:bfloat16", "gemv:1:bfloat16"),
     ]
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -80,11 +80,12 @@ def test_what_the_kernels_refuse_stays_a_call_with_its_reason(traced: Any) -> No
     assert (result["operators"], result["kernels"]) == (["dsmoe.route.default"], [])
 
 
-OUTPUTS = {"route": 2, "experts": 1, "moe": 2, "attend": 1}
+OUTPUTS = {"route": 2, "experts": 1, "moe": 2, "attend": 1, "gemv": 1}
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens"), [("attend", 1), *((n, t) for n in ("route", "experts", "moe") for t in (1, 96, LONG))]
+    ("name", "tokens"),
+    [("attend", 1), ("gemv", 1), *((n, t) for n in ("route", "experts", "moe") for t in (1, 96, LONG))],
 )
 def test_our_kernels_can_be_recorded(traced: Any, name: str, tokens: int) -> None:
     """For one token and for a free number: no look at values, no address, no size fixed on the way."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsmoe_compiler.targets.aoti import accepted
-from dsmoe_compiler.targets.one_token import OPTIONS, attend, masks_to_float, options_for
+from dsmoe_compiler.targets.one_token import OPTIONS, attend, masks_to_float, options_for, products
 
 
 class Twice(nn.Module):
@@ -69,3 +69,35 @@ def test_attention_of_one_query_becomes_our_operator() -> None:
     assert [call.args[-1] for call in calls] == [8**-0.5, 0.5]
     for found, wanted in zip(graph(*inputs), expected, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one row, one with a bias; an MLP of it; products of three rows and with no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 6, bias=False), nn.Linear(8, 4), nn.Linear(8, 4, bias=False)
+        self.gate, self.up, self.down = (nn.Linear(*sizes, bias=False) for sizes in ((8, 12), (8, 12), (12, 8)))
+
+    def forward(self, x: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        mlp = self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.q(x), self.k(x), self.v(x), mlp, self.q(rows), F.linear(x, weight)
+
+
+def test_products_of_one_row_become_our_operator() -> None:
+    inputs = (torch.randn(1, 1, 8), torch.randn(1, 3, 8), torch.randn(5, 8))
+    graph = torch.export.export(Attention(), inputs).module()
+    expected = graph(*inputs)
+    assert products(graph) == 6
+    graph.graph.lint()
+    calls = graph.graph.find_nodes(op="call_function", target=torch.ops.dsmoe.gemv.default)
+    assert sorted(len(call.args[1]) for call in calls) == [1, 2, 3]  # five read one row: three and two
+    assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)) == 2
+    for found, wanted in zip(graph(*inputs), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert products(graph) == 0
+
+
+def test_products_without_kernels_stay_linear() -> None:
+    inputs = tuple(tensor.double() for tensor in (torch.randn(1, 1, 8), torch.randn(1, 3, 8), torch.randn(5, 8)))
+    assert products(torch.export.export(Attention().double(), inputs).module()) == 0

@@ -34,6 +34,7 @@ from dsmoe_runtime.kernels.dispatch import plan_rows
 from dsmoe_runtime.kernels.experts import Weights, down_sorted, run, up_sorted
 from dsmoe_runtime.kernels.experts_backward import experts_backward
 from dsmoe_runtime.kernels.experts_training import experts_training
+from dsmoe_runtime.kernels.gemv import gemv
 from dsmoe_runtime.kernels.gpu import named
 from dsmoe_runtime.kernels.moe import moe, rows_in_order
 from dsmoe_runtime.kernels.plan import Plan, Tile
@@ -180,6 +181,12 @@ def one_query(heads: int, slots: int, width: int) -> list[Launch]:
     return launches(lambda: attend(key[:, :, :1], key, key, mask, 1.0))
 
 
+def one_row(*rows: int) -> list[Launch]:
+    """Products of a decode step with weights of so many rows."""
+    weights = [torch.empty(n, 2048, dtype=torch.bfloat16, device="meta") for n in rows]
+    return launches(lambda: gemv(weights[0][:1], weights))
+
+
 def training(tokens: int) -> list[Launch]:
     """Forward and backward of 16B's experts, with biases."""
     hidden, width, experts, top_k = SHAPES["16B"]
@@ -209,6 +216,8 @@ def inference() -> Iterator[tuple[str, list[Launch]]]:
     yield "V3 gate", router("V3", 16)
     for slots in (576, 4096):
         yield f"16B attention C={slots}", one_query(16, slots, 128)
+    yield "16B queries, keys and values", one_row(2048, 2048, 2048)
+    yield "16B output of attention", one_row(2048)
 
 
 def specialised() -> Iterator[tuple[str, list[Launch]]]:
