@@ -4,9 +4,9 @@
     python -m benchmarks.onnx_model --dtypes bfloat16 --tokens 1 4096 --profiles ort-cuda
 
 One token behind --context positions, or a prompt. Ours is what `dsmoe compile --format onnx --profile ort-cuda`
-writes; beside it the profile ort-contrib (com.microsoft.MoE), and the compiler's own graphs through Inductor, all in
-CUDA graphs where they can be captured. Logits are judged against float32 with the candidate's own experts. Results:
-benchmarks/results/onnx_model_h200.json.
+writes, decode.onnx for the one token; beside it the profile ort-contrib (com.microsoft.MoE), and the compiler's own
+graphs through Inductor, all in CUDA graphs where they can be captured. Logits are judged against float32 with the
+candidate's own experts. Results: benchmarks/results/onnx_model_h200.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks import gpu_model_candidates as candidates
 from benchmarks.gpu_model import decode_bytes, prefill_flop
@@ -41,7 +42,7 @@ from benchmarks.gpu_timing import (
 from benchmarks.onnx_binding import replay
 from dsmoe_compiler import CompileConfig
 from dsmoe_compiler.api import compile as compile_model
-from dsmoe_compiler.targets.onnx.opening import MODEL
+from dsmoe_compiler.targets.onnx.opening import DECODE, MODEL
 from dsmoe_compiler.targets.onnx.runner import library_of
 from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
@@ -52,36 +53,46 @@ OURS, CONTRIB, TORCH = "ort-cuda onnxruntime", "ort-contrib onnxruntime", "dsmoe
 Made = tuple[Replay, candidates.Answer]
 
 
-def open_folder(folder: Path, device: torch.device, *, graph: bool) -> Any:
-    """A session on an exported folder, on torch's stream."""
+def open_folder(file: Path, device: torch.device, *, graph: bool) -> Any:
+    """A session on a file of an exported folder, on torch's stream."""
     import onnxruntime
 
     options, providers = onnxruntime.SessionOptions(), list[Any](["CPUExecutionProvider"])
     options.log_severity_level = 3
-    if (library := library_of(folder, False)) is not None:
+    if (library := library_of(file.parent, False)) is not None:
         options.register_custom_ops_library(str(library))
     if device.type == "cuda":
         settings = {"user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream), "use_tf32": "0"}
         settings |= {"enable_cuda_graph": "1"} if graph else {}
         providers = [("CUDAExecutionProvider", settings), *providers]
-    return onnxruntime.InferenceSession(str(folder / MODEL), options, providers=providers)
+    return onnxruntime.InferenceSession(str(file), options, providers=providers)
 
 
 def step(folder: Path, problem: candidates.Problem, model: Transformer, *, context: int, graph: bool) -> Made:
-    """One step over memory of torch's; captured ones are replayed from now on."""
+    """One step over memory of torch's; captured ones are replayed from now on.
+
+    One token goes through decode.onnx, if there is one: keys and values are written in place, into one of all the slots
+    that the model knows. Those of model.onnx grow by a copy.
+    """
     config, device, (batch, length) = model.config, problem.ids.device, problem.ids.shape
     past = context if problem.position is not None else 0
+    one = problem.position is not None and (folder / DECODE).is_file()
     given, taken = {"input_ids": problem.ids}, dict[str, Tensor]()
+    given |= {"position": problem.position} if one else {}
     for number, (key, value) in enumerate(zip(problem.cache.key, problem.cache.value, strict=True)):
         for side, tensor in (("key", key), ("value", value)):
             held = tensor[:, :, :past].contiguous()
+            now = held.new_empty(batch, held.shape[1], past + length, held.shape[3])
+            if one:
+                now = held = F.pad(held, (0, 0, 0, config.max_position_embeddings - past))
             given[f"past_key_values.{number}.{side}"] = held
-            taken[f"present.{number}.{side}"] = held.new_empty(batch, held.shape[1], past + length, held.shape[3])
+            taken[f"present.{number}.{side}"] = now
     logits = torch.full((batch, config.vocab_size), torch.nan, device=device)
     layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
     experts = torch.empty(layers, batch * length, config.num_experts_per_tok, dtype=torch.int64, device=device)
     taken |= {"logits": logits, "experts": experts}
-    return replay(open_folder(folder, device, graph=graph), given, taken, device), (logits, experts)
+    session = open_folder(folder / (DECODE if one else MODEL), device, graph=graph)
+    return replay(session, given, taken, device), (logits, experts)
 
 
 def export(model: Transformer, profile: str, folder: Path, device: torch.device) -> Path:

@@ -10,7 +10,8 @@ another. Two runners in one process are independent. A cache belongs to one sequ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dsmoe_model.checkpoint import Tokenizer
 from dsmoe_runtime.errors import InputError
 from dsmoe_runtime.generation import generate
 
+Steps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]
 Shapes = list[tuple[tuple[int, ...], tuple[int, ...]]]  # of each layer's keys and values: [B, heads, capacity, width]
 
 
@@ -104,20 +106,29 @@ class Runner:
     ) -> Tensor:
         """`ids [B, S]` continued to `[B, S + new]`; the arguments are those of `dsmoe_runtime.generation.generate`."""
         self._check_ids(ids_BS)
+        with self._sequences(len(ids_BS)) as (prefill, decode):
+            return generate(
+                prefill,
+                decode,
+                ids_BS,
+                vocab_size=self.vocab_size,
+                capacity=self.capacity,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                eos_token_id=eos_token_id,
+                on_token=on_token,
+            )
+
+    @contextmanager
+    def _sequences(self, rows: int) -> Iterator[Steps]:
+        """What `generate` calls for so many sequences: prefill and decode on one cache, which give logits `[B, V]`."""
         cache = self.new_cache()
-        return generate(
+        yield (
             lambda ids: self.prefill(ids, cache)[0],
             lambda ids, position: self._decode(ids, position, cache)[0],
-            ids_BS,
-            vocab_size=self.vocab_size,
-            capacity=self.capacity,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eos_token_id=eos_token_id,
-            on_token=on_token,
         )
 
     def generate_text(

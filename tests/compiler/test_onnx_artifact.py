@@ -17,6 +17,8 @@ from dsmoe_compiler.artifact_files import describe, listed
 from dsmoe_compiler.cli import main
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.targets.onnx import compiling
+from dsmoe_compiler.targets.onnx.session import StepSession
+from dsmoe_compiler.targets.onnx.weights_once import Weights
 from dsmoe_model.checkpoint.shards import read_header
 from dsmoe_runtime.agreement import row_error
 from dsmoe_runtime.errors import ArtifactError, ConfigError, TargetError, VerificationError
@@ -51,6 +53,21 @@ def test_the_library_runs_the_experts_of_a_whole_model(made: Path) -> None:
     assert not torch.equal(first[0], second[0])
     assert row_error(second[0], first[0].double()).max() < 64 * torch.finfo(torch.float32).eps
     assert torch.equal(*(runner.generate(ids, max_new_tokens=8) for runner in (body, library)))
+
+
+def test_weights_that_are_handed_over_are_taken_as_they_lie(made: Path) -> None:
+    """Read from the files, they give the same bits; altered where they lie, they give others."""
+    cpu = torch.device("cpu")
+    weights = Weights(made, cpu)
+    values, again = weights.of("model.onnx"), weights.of("model.onnx")
+    assert len(values) > 10
+    assert all(values[name].data_ptr() == again[name].data_ptr() for name in values)
+    own, handed = StepSession(made / "model.onnx", cpu), StepSession(made / "model.onnx", cpu, weights=values)
+    past = [torch.zeros(1, *shape[1:2], 0, *shape[3:]) for _, shape in (own.inputs[name] for name in own.past)]
+    ids = torch.arange(7)[None]
+    assert torch.equal(own(ids, past)[0], handed(ids, past)[0])
+    torch.from_dlpack(values["model.embed_tokens.weight"]).mul_(2.0)
+    assert not torch.equal(own(ids, past)[0], handed(ids, past)[0])
 
 
 def test_explain_names_the_node_of_each_layer(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

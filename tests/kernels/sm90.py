@@ -29,6 +29,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 import dsmoe_runtime.kernels
 from dsmoe_runtime.kernels.attend import attend
 from dsmoe_runtime.kernels.choose import best, choose, shape_of
+from dsmoe_runtime.kernels.decode_attention import decode_attention
 from dsmoe_runtime.kernels.device.specialised import product_specialised
 from dsmoe_runtime.kernels.dispatch import plan_rows
 from dsmoe_runtime.kernels.experts import Weights, down_sorted, run, up_sorted
@@ -181,6 +182,14 @@ def one_query(heads: int, slots: int, width: int) -> list[Launch]:
     return launches(lambda: attend(key[:, :, :1], key, key, mask, 1.0))
 
 
+def one_step(heads: int, slots: int, width: int) -> list[Launch]:
+    """The same from its projections, with half as many heads of keys."""
+    key = torch.empty(1, heads // 2, slots, width, dtype=torch.bfloat16, device="meta")
+    qkv, angles = torch.empty(1, 1, 2 * heads * width, dtype=key.dtype, device="meta"), key[0, 0, :, : width // 2]
+    position = torch.empty(1, dtype=torch.int64, device="meta")
+    return launches(lambda: decode_attention(qkv, angles, angles, position, key, key, 1.0))
+
+
 def one_row(*rows: int) -> list[Launch]:
     """Products of a decode step with weights of so many rows."""
     weights = [torch.empty(n, 2048, dtype=torch.bfloat16, device="meta") for n in rows]
@@ -216,6 +225,7 @@ def inference() -> Iterator[tuple[str, list[Launch]]]:
     yield "V3 gate", router("V3", 16)
     for slots in (576, 4096):
         yield f"16B attention C={slots}", one_query(16, slots, 128)
+    yield "16B attention from its projections", one_step(16, 4096, 128)
     yield "16B queries, keys and values", one_row(2048, 2048, 2048)
     yield "16B output of attention", one_row(2048)
 

@@ -18,7 +18,7 @@ from tests.kernels import sm90
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "runtime" / "dsmoe_runtime" / "kernels"
 SHARED_MEMORY = 227 * 1024
-READERS = ("up_pairs", "down_tokens", "combine", "gated", "attend_part", "gemv_rows")
+READERS = ("up_pairs", "down_tokens", "combine", "gated", "attend_part", "decode_attention_part", "gemv_rows")
 # Bytes of stack. Triton 3.6's assembler, by which tiles are tuned, spills nothing; 3.9's some 40 bytes in two kernels.
 MOST_STACK = 0 if version("triton").startswith("3.6.") else 64
 

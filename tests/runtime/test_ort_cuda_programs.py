@@ -65,8 +65,8 @@ def launcher(tmp_path_factory) -> Path:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("launcher")
     common = [COMPILER, "-std=c++17", "-O1", f"-I{SOURCES}"]
-    names = ("cuda", "cuda_layer", "cuda_node", "kernel", "cuda_driver", "cuda_folder", "cuda_launch", "cuda_programs")
-    sources = [str(SOURCES / f"{name}.cpp") for name in names]
+    names = ("cuda", "cuda_decode", "cuda_layer", "cuda_node", "kernel", "cuda_driver", "cuda_folder", "cuda_launch")
+    sources = [str(SOURCES / f"{name}.cpp") for name in (*names, "cuda_programs")]
     built = [
         run([*common, "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(STUB / "libcuda.cpp")]),
         run([*common, "-o", str(folder / "launch"), str(STUB / "launch.cpp"), *sources[-4:], "-ldl"]),

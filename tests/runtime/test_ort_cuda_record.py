@@ -9,7 +9,7 @@ from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.kernels.plan import Plan, Tile
 from dsmoe_runtime.ort_library.expressions import OPERATIONS, evaluate, text
 from dsmoe_runtime.ort_library.hosts import Plans
-from dsmoe_runtime.ort_library.layer import Layer, MoELayer
+from dsmoe_runtime.ort_library.layer import DecodeAttention, Gemv, Layer, MoELayer
 from dsmoe_runtime.ort_library.record import MOST_TOKENS, Note, Record, address, plans_at, record, records, symbol
 
 LAYERS = {
@@ -75,6 +75,21 @@ def test_a_record_is_the_host_part_at_every_number_of_tokens(name):
             assert everything(made, tokens) == everything(record(layer, made.plans, tokens, tokens), tokens), tokens
     assert end == MOST_TOKENS
     assert regimes >= {"pairs", "sorted"}
+
+
+def test_operators_for_one_token_have_one_record():
+    """What is written in place is the output, never what came in: the library has copied that before."""
+    (made,) = records(Gemv(40, 30, "float16"))
+    assert (made.first, made.last, made.rooms) == (1, 1, [])
+    assert sorted(made.buffers.values()) == ["weight", "x", "y"]
+    (made,) = records(DecodeAttention(6, 3, 16, 100, 120, 0.25, "float32"))
+    part, total = (numbers(note, made, 1) for note in made.notes)
+    assert [part[0].__name__, total[0].__name__] == ["decode_attention_part", "attend_sum"]
+    assert [name for name, *_ in part[4:12]] == [
+        *("qkv", "cos", "sin", "position", "present_key", "present_value", "room0", "room1")
+    ]  # fmt: skip
+    assert part[12] == 0.25
+    assert [name for name, *_ in total[3:6]] == ["room0", "room1", "y"]
 
 
 def test_ranges_end_where_the_host_part_decides_otherwise():

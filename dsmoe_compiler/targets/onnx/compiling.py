@@ -1,7 +1,8 @@
 """A model into an ONNX artifact: captured, fused, translated, written with its weights, proved where it will run.
 
 model.onnx               the step: prompt, next part or one token; a function for the experts' operator in it
-weights/*.safetensors    what model.onnx refers to as external data
+decode.onnx              one token of one sequence in a cache of fixed slots, on a GPU with our library
+weights/*.safetensors    what both refer to as external data
 """
 
 from __future__ import annotations
@@ -136,4 +137,4 @@ def write(
         "functions": [function.overload or function.name for function in proto.functions],
         "nodes": dict(zip(layers, nodes, strict=True)),
     }
-    return {"onnx": facts | accompany(folder, source.graph, config, progress)}
+    return {"onnx": facts | accompany(folder, source.graph, proto, capacity, config, progress)}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dsmoe_compiler.targets.onnx.decode_ops import check_decode_nodes
 from dsmoe_compiler.targets.onnx.layer import kind_of, layers_of
 from dsmoe_compiler.targets.onnx.op import DOMAIN, OPSET, VERSION, check_nodes
 from dsmoe_compiler.targets.weights import WEIGHTS
@@ -23,7 +24,7 @@ from dsmoe_runtime.errors import ArtifactError
 if TYPE_CHECKING:
     import onnx
 
-MODEL = "model.onnx"
+MODEL, DECODE = "model.onnx", "decode.onnx"
 LIMIT = 2**31 - 1  # bytes; what a protobuf can hold
 DOMAINS = {"": OPSET, DOMAIN: VERSION, "com.microsoft": 1}
 ITEM_SIZES = {1: 4, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}  # bytes, by the number that onnx gives a type
@@ -31,10 +32,21 @@ PLAIN = re.compile(rf"{WEIGHTS}/[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 
 
 def check_model(folder: Path, *, check_weights: bool) -> None:
+    """The model, and its decode step if it has one, each as `check_file` does it, and with `check_weights` the weights.
+
+    Raises: ArtifactError that names what is wrong.
+    """
+    check_file(folder / MODEL)
+    if (folder / DECODE).exists():
+        check_file(folder / DECODE)
+    if check_weights:
+        check_numbers(folder)
+
+
+def check_file(path: Path) -> None:
     """Raises: ArtifactError that names what is wrong, for a file that `dsmoe compile` did not write so."""
     import onnx
 
-    path = folder / MODEL
     if path.stat().st_size > LIMIT:
         raise ArtifactError(f"{path} has {path.stat().st_size:,} bytes; a protobuf holds at most {LIMIT:,}: refused")
     try:
@@ -44,9 +56,7 @@ def check_model(folder: Path, *, check_weights: bool) -> None:
     check_runtime(path, proto)
     check_operators(path, proto)
     for owner, tensor in external(proto):
-        check_reference(folder, owner, tensor)
-    if check_weights:
-        check_numbers(folder)
+        check_reference(path, owner, tensor)
 
 
 def check_runtime(path: Path, proto: onnx.ModelProto) -> None:
@@ -72,19 +82,20 @@ def check_operators(path: Path, proto: onnx.ModelProto) -> None:
             raise ArtifactError(f"{path} imports opset {entry.domain!r} in version {entry.version}, not {due}: refused")
     try:
         check_nodes(proto)
+        check_decode_nodes(proto)
         for node in layers_of(proto):
             kind_of(node, proto)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from None
 
 
-def check_reference(folder: Path, owner: str, tensor: onnx.TensorProto) -> None:
-    """External data lies in the artifact's own weights, with the size that the tensor takes."""
+def check_reference(model: Path, owner: str, tensor: onnx.TensorProto) -> None:
+    """External data lies in the artifact's own weights, beside `model`, with the size that the tensor takes."""
     said = {entry.key: entry.value for entry in tensor.external_data}
-    where, name = said.get("location", ""), f"{folder / MODEL}: {owner} {tensor.name[:200]!r}"
+    where, name = said.get("location", ""), f"{model}: {owner} {tensor.name[:200]!r}"
     if not PLAIN.fullmatch(where):
         raise ArtifactError(f"{name} lies in {where[:200]!r}: only files in {WEIGHTS}/ are accepted")
-    path = folder / where
+    path = model.parent / where
     if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
         raise ArtifactError(f"{name} lies in {where!r}, which is a link or missing: refused")
     try:

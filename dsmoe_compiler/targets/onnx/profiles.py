@@ -1,7 +1,8 @@
 """What an ONNX model relies on where it runs: nothing, our library with kernels for a GPU, or ONNX Runtime's own MoE.
 
 portable      the op with its function body: any ONNX Runtime; with our library, faster
-ort-cuda      libdsmoe_ort.so and kernels/ lie beside the model, and ONNX Runtime's CUDA provider runs the op by them
+ort-cuda      libdsmoe_ort.so and kernels/ lie beside the model, and ONNX Runtime's CUDA provider runs the op by them;
+              decode.onnx beside it is the step of one token in a cache of fixed slots
 ort-contrib   every op is a com.microsoft.MoE, where that computes the same
 """
 
@@ -17,19 +18,25 @@ from torch import fx
 from dsmoe_compiler.capture import EXPERTS_OP, MOE_OP
 from dsmoe_compiler.config import CompileConfig
 from dsmoe_compiler.targets.onnx import contrib
+from dsmoe_compiler.targets.onnx.decode_ops import ATTENTION, GEMV
+from dsmoe_compiler.targets.onnx.decode_step import NoDecodeStep, decode_step
 from dsmoe_compiler.targets.onnx.export import experts_nodes
 from dsmoe_compiler.targets.onnx.function import add_functions, minimum_onnxruntime
+from dsmoe_compiler.targets.onnx.grouped_attention import dims
 from dsmoe_compiler.targets.onnx.layer import why_not
 from dsmoe_compiler.targets.onnx.layer_function import add_layer_functions
 from dsmoe_compiler.targets.onnx.nodes import shape
+from dsmoe_compiler.targets.onnx.op import DOMAIN
+from dsmoe_compiler.targets.onnx.opening import DECODE, MODEL
 from dsmoe_compiler.targets.onnx.session import KERNELS, LIBRARY, PROVIDERS
 from dsmoe_runtime.ops.activation import has_gate
-from dsmoe_runtime.ort_library.layer import Layer, MoELayer
+from dsmoe_runtime.ort_library.layer import DecodeAttention, Gemv, Layer, MoELayer, OneToken
 
 if TYPE_CHECKING:
     import onnx
 
 Say = Callable[[str], None]
+NAMES = {1: "float32", 10: "float16", 16: "bfloat16"}  # by onnx.TensorProto's numbers
 
 
 def lowered(proto: onnx.ModelProto, layers: list[str], config: CompileConfig) -> tuple[onnx.ModelProto, str, list[str]]:
@@ -55,8 +62,10 @@ def lowered(proto: onnx.ModelProto, layers: list[str], config: CompileConfig) ->
     return proto, least, [node.name for node in nodes]
 
 
-def accompany(folder: Path, graph: fx.GraphModule, config: CompileConfig, say: Say) -> dict[str, Any]:
-    """Put beside the model what its profile needs; what the manifest says of it."""
+def accompany(
+    folder: Path, graph: fx.GraphModule, proto: onnx.ModelProto, slots: int, config: CompileConfig, say: Say
+) -> dict[str, Any]:
+    """Put beside the model what its profile needs; what the manifest says of it. `slots`: of a cache for one token."""
     if config.profile != "ort-cuda":
         return {}
     from dsmoe_runtime.ort_library.build import library
@@ -64,8 +73,38 @@ def accompany(folder: Path, graph: fx.GraphModule, config: CompileConfig, say: S
 
     shutil.copyfile(library(), folder / LIBRARY)
     (folder / KERNELS).mkdir()
-    write(sizes(graph), folder / KERNELS, progress=lambda line: say(f"kernels: {line}"))
-    return {"library": LIBRARY, "kernels": KERNELS, "capabilities": [list(c) for c in CAPABILITIES]}
+    facts: dict[str, Any] = {"library": LIBRARY, "kernels": KERNELS, "capabilities": [list(c) for c in CAPABILITIES]}
+    kinds: list[Layer | MoELayer | OneToken] = [*sizes(graph)]
+    try:
+        one = decode_step(proto, slots)
+    except NoDecodeStep as reason:
+        say(f"onnx: no {DECODE}, single tokens go through {MODEL}: {reason}")
+    else:
+        (folder / DECODE).write_bytes(one.SerializeToString())
+        say(f"onnx: {len(one.graph.node)} nodes for one token in {DECODE}, {slots:,} slots")
+        kinds += one_token_kinds(one)
+        facts["decode"] = DECODE
+    write(kinds, folder / KERNELS, progress=lambda line: say(f"kernels: {line}"))
+    return facts
+
+
+def one_token_kinds(proto: onnx.ModelProto) -> list[OneToken]:
+    """The kinds of products and attentions in decode.onnx, as kernels are made for them."""
+    from onnx import helper
+
+    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    cache = {value.name: dims(value) for value in proto.graph.input}
+    found: list[OneToken] = []
+    for node in proto.graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, GEMV):
+            weight = held[node.input[1]]
+            found.append(Gemv(weight.dims[1], weight.dims[0], NAMES[weight.data_type]))
+        elif (node.domain, node.op_type) == (DOMAIN, ATTENTION):
+            said = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            angles, (_, groups, slots, width) = held[node.input[1]], cache[node.input[4]]
+            heads = (said["num_heads"], groups, width, slots, angles.dims[0], said["scale"])
+            found.append(DecodeAttention(*heads, NAMES[angles.data_type]))
+    return list(dict.fromkeys(found))
 
 
 def sizes(graph: fx.GraphModule) -> list[Layer | MoELayer]:

@@ -2,7 +2,8 @@
 
 One session has one thread and reads single sequences, so that one token alone goes through every layer; another has two
 threads and reads three sequences at a time. Neither number was in the trace. Both run what a user's session will run:
-the library where the artifact holds one, else the functions in the file.
+the library where the artifact holds one, else the functions in the file. Where there is a decode.onnx, a third round of
+checks sends single tokens through it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dsmoe_compiler.config import CompileConfig
-from dsmoe_compiler.targets.onnx.runner import OnnxRunner
+from dsmoe_compiler.targets.onnx.opening import DECODE
+from dsmoe_compiler.targets.onnx.runner import OnnxRunner, in_turn
 from dsmoe_compiler.verify import PROMPTS, STEPS, Verification
 from dsmoe_compiler.verify.result import Check
 from dsmoe_compiler.verify.trace import RunnerLike
@@ -30,13 +32,18 @@ def prove(
 ) -> Verification:
     """Every check for every session; `opened(threads)` opens one. Raises nothing for a difference."""
     found: list[Verification] = []
-    for threads, batch in SESSIONS:
-        where = f"{threads} thread{'s' * (threads > 1)}, {batch} row{'s' * (batch > 1)}"
+    cases = [
+        (f"{threads} thread{'s' * (threads > 1)}, {batch} row{'s' * (batch > 1)}", Slots(opened(threads), batch))
+        for threads, batch in SESSIONS
+    ]
+    if cases[0][1].runner.one_token is not None:
+        cases.append((DECODE, OneSequence(cases[0][1].runner, 1)))
+    for where, slots in cases:
 
         def say(step: str, where: str = where) -> None:
             progress(f"verify: {step.removeprefix('verify: ')} ({where})")
 
-        result = check(Slots(opened(threads), batch), config, say)
+        result = check(slots, config, say)
         checks = tuple(replace(judged(one, config), name=f"{one.name} ({where})") for one in result.checks)
         found.append(replace(result, checks=checks))
     return replace(
@@ -86,4 +93,17 @@ class Slots:
     def _kept(self, answer: tuple[Tensor, Tensor], grown: KVCache, cache: KVCache) -> tuple[Tensor, Tensor]:
         for slots, now in zip((*cache.key, *cache.value), (*grown.key, *grown.value), strict=True):
             slots[:, :, : now.shape[2]] = now
+        return answer
+
+
+class OneSequence(Slots):
+    """Slots whose single tokens go through decode.onnx."""
+
+    def decode(self, ids_B1: Tensor, position: int, cache: KVCache) -> tuple[Tensor, Tensor]:
+        one, slots = self.runner.one_token, in_turn(cache)
+        assert one is not None
+        one.fill([tensor[:, :, :position] for tensor in slots])
+        answer = one(ids_B1, position)
+        for tensor, now in zip(slots, one.cache, strict=True):
+            tensor[:, :, position] = now[:, :, position]
         return answer

@@ -5,14 +5,19 @@ Letters as there. Every argument is checked before ONNX Runtime sees it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsmoe_compiler.runner import Runner, Shapes
+from dsmoe_compiler.runner import Runner, Shapes, Steps
+from dsmoe_compiler.targets.onnx.decode_session import DecodeSession
+from dsmoe_compiler.targets.onnx.opening import DECODE
 from dsmoe_compiler.targets.onnx.session import LIBRARY, StepSession
+from dsmoe_compiler.targets.onnx.weights_once import Weights
 from dsmoe_model.attention import KVCache
 from dsmoe_model.checkpoint import Tokenizer
 from dsmoe_runtime.errors import ArtifactError, InputError
@@ -38,10 +43,12 @@ def open_onnx(
     if target == "cuda":
         place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
     try:
-        file = str(manifest["onnx"]["file"])
+        file, one = str(manifest["onnx"]["file"]), manifest["onnx"].get("decode") is not None
     except (KeyError, TypeError):
         raise ArtifactError(f"{folder} is damaged: its manifest names no ONNX file") from None
-    session = StepSession(folder / file, place, library=library_of(folder, library), threads=threads)
+    weights = Weights(folder, place) if one else None
+    options: dict[str, Any] = {"library": library_of(folder, library), "threads": threads}
+    session = StepSession(folder / file, place, weights=weights.of(file) if weights else None, **options)
     wanted: dict[str, tuple[str, list[Any]]] = {"input_ids": ("tensor(int64)", ["batch", "sequence"])}
     for number, pair in enumerate(shapes):
         for side, (_, heads, _, width) in zip(("key", "value"), pair, strict=True):
@@ -49,7 +56,24 @@ def open_onnx(
     if session.inputs != wanted or session.outputs["logits"][1] != ["batch", vocab_size]:
         differing = [name for name in {**wanted, **session.inputs} if session.inputs.get(name) != wanted.get(name)]
         raise ArtifactError(f"{folder} is damaged: {file} takes other inputs than its manifest says: {differing[:3]}")
-    return OnnxRunner(vocab_size, shapes, manifest=manifest, tokenizer=tokenizer, session=session)
+    decode = None
+    if weights is not None:
+        decode = DecodeSession(folder / DECODE, place, weights=weights.of(DECODE), **options)
+        check_decode(folder, decode, wanted, vocab_size, manifest["capacity"])
+    own: dict[str, Any] = {"manifest": manifest, "tokenizer": tokenizer, "weights": weights}
+    return OnnxRunner(vocab_size, shapes, session=session, decode=decode, **own)
+
+
+def check_decode(
+    folder: Path, session: DecodeSession, step: dict[str, tuple[str, list[Any]]], vocab_size: int, capacity: int
+) -> None:
+    """Raises: ArtifactError, if decode.onnx is not the step of one token of the model beside it."""
+    sizes = {"batch": 1, "sequence": 1, "past": capacity}
+    wanted = {name: (kind, [sizes.get(size, size) for size in shape]) for name, (kind, shape) in step.items()}
+    wanted["position"] = ("tensor(int64)", [1])
+    if session.inputs != wanted or session.outputs["logits"][1] != [1, vocab_size]:
+        differing = [name for name in {**wanted, **session.inputs} if session.inputs.get(name) != wanted.get(name)]
+        raise ArtifactError(f"{folder} is damaged: {DECODE} takes other inputs than its manifest says: {differing[:3]}")
 
 
 def library_of(folder: Path, wanted: bool) -> Path | None:
@@ -77,13 +101,36 @@ class OnnxRunner(Runner):
         manifest: dict[str, Any],
         tokenizer: Tokenizer | None,
         session: StepSession,
+        decode: DecodeSession | None = None,
+        weights: Weights | None = None,
     ) -> None:
         super().__init__(vocab_size, shapes, manifest=manifest, tokenizer=tokenizer, programs={}, device=session.device)
         self.session = session
+        self.one_token, self.weights = decode, weights
 
     def new_cache(self) -> KVCache:
         """A cache of no positions; `prefill` fills it for as many sequences as its ids have rows."""
         return self._empty(1)
+
+    @contextmanager
+    def _sequences(self, rows: int) -> Iterator[Steps]:
+        """A single sequence is continued by decode.onnx, where there is one: others wait until it is ended."""
+        one = self.one_token
+        if one is None or rows != 1:
+            with super()._sequences(rows) as steps:
+                yield steps
+            return
+        with one.turn:
+            cache = self.new_cache()
+
+            def prefill(ids_1S: Tensor) -> Tensor:
+                logits_1V, _ = self.prefill(ids_1S, cache)
+                one.fill(in_turn(cache))
+                for part in (cache.key, cache.value):
+                    part.clear()  # they are in the slots now
+                return logits_1V
+
+            yield prefill, lambda ids, position: one(ids, position)[0]
 
     @torch.no_grad()
     def prefill(self, ids_BS: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -118,8 +165,7 @@ class OnnxRunner(Runner):
             raise InputError(
                 f"{held} positions and {length} tokens exceed the {self.capacity} of this artifact: shorten the prompt"
             )
-        past = [side for pair in zip(cache.key, cache.value, strict=True) for side in pair]
-        logits_BV, experts, present = self.session(ids_BS, past)
+        logits_BV, experts, present = self.session(ids_BS, in_turn(cache))
         cache.key[:], cache.value[:] = present[::2], present[1::2]
         return logits_BV, experts
 
@@ -152,3 +198,8 @@ class OnnxRunner(Runner):
                 for side in (keys, values)
             )
         )
+
+
+def in_turn(cache: KVCache) -> list[Tensor]:
+    """Key and value of each layer in turn, as the files have them."""
+    return [side for pair in zip(cache.key, cache.value, strict=True) for side in pair]

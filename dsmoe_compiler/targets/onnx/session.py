@@ -9,7 +9,7 @@ B sequences, S new tokens, P past ones, V vocabulary, L layers with routed exper
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,11 +40,18 @@ class StepSession:
     """
 
     def __init__(
-        self, path: Path, device: torch.device, *, library: Path | None = None, threads: int | None = None
+        self,
+        path: Path,
+        device: torch.device,
+        *,
+        library: Path | None = None,
+        threads: int | None = None,
+        weights: Mapping[str, Any] | None = None,
     ) -> None:
         self.device = device
-        self._session = open_session(path, device, library=library, threads=threads)
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # see open_session
+        with torch.cuda.stream(self._stream):
+            self._session = open_session(path, device, library=library, threads=threads, weights=weights)
         self._lock = threading.Lock()
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self.inputs = {value.name: (value.type, value.shape) for value in inputs}
@@ -66,11 +73,11 @@ class StepSession:
         with self._lock:
             binding = self._session.io_binding()
             for name, tensor in given.items():
-                binding.bind_input(name, *self._place(tensor))
+                binding.bind_input(name, *place(tensor))
             for name, tensor in taken.items():
                 if tensor.numel() == 0:  # a model without routed experts chooses none
                     continue
-                binding.bind_output(name, *self._place(tensor))
+                binding.bind_output(name, *place(tensor))
             self._run(binding)
         return logits, experts, present
 
@@ -78,20 +85,34 @@ class StepSession:
         if self._stream is None:
             self._session.run_with_iobinding(binding)
             return
-        here = torch.cuda.current_stream(self.device)  # the session works on the stream that it was opened in
+        here = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(here)
         self._session.run_with_iobinding(binding)
         here.wait_stream(self._stream)
 
-    def _place(self, tensor: Tensor) -> tuple[Any, ...]:
-        index = self.device.index or 0
-        return self.device.type, index, TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
+
+def place(tensor: Tensor) -> tuple[Any, ...]:
+    """What a binding is told of a tensor: where it lies, its type and its shape."""
+    return tensor.device.type, tensor.device.index or 0, TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
 
 
 def open_session(
-    path: Path, device: torch.device, *, library: Path | None, threads: int | None
+    path: Path,
+    device: torch.device,
+    *,
+    library: Path | None,
+    threads: int | None,
+    weights: Mapping[str, Any] | None = None,
+    graph: bool = False,
 ) -> onnxruntime.InferenceSession:
-    """A session on the provider of `device`. Raises: TargetError if it is not installed, ArtifactError."""
+    """A session on the provider of `device`, in the stream of torch's that is current.
+
+    That must not be torch's first one: its handle is 0, which ONNX Runtime takes for none, and works in a stream of its
+    own that waits for nobody.
+
+    weights: initializers that the session takes as they lie, not from files. graph: runs are captured and replayed.
+    Raises: TargetError if the provider is not installed, ArtifactError.
+    """
     check_provider(device.type)
     import onnxruntime
 
@@ -104,11 +125,15 @@ def open_session(
         if kernels.is_dir():
             options.add_session_config_entry("dsmoe.kernels", str(kernels))  # read when the library is registered
         options.register_custom_ops_library(str(library))
+    for name, value in (weights or {}).items():
+        options.add_initializer(name, value)
     providers: list[Any] = [PROVIDERS[device.type]]
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
+        assert stream, "a session would not work in torch's first stream"
         settings = {"device_id": str(device.index or 0), "user_compute_stream": str(stream)}
         settings["use_tf32"] = "0"  # gates are in float32, and mean it
+        settings |= {"enable_cuda_graph": "1"} if graph else {}
         providers = [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)

@@ -24,8 +24,8 @@ FOLDER = Path(__file__).parent
 SOURCES = (
     *("library.cpp", "kernel.cpp"),
     *("cpu_kernel.cpp", "cpu_machine.cpp", "cpu_plain.cpp", "cpu_avx2.cpp", "cpu_avx512.cpp"),
-    *("cuda.cpp", "cuda_driver.cpp", "cuda_folder.cpp", "cuda_launch.cpp", "cuda_layer.cpp", "cuda_node.cpp"),
-    "cuda_programs.cpp",
+    *("cuda.cpp", "cuda_decode.cpp", "cuda_driver.cpp", "cuda_folder.cpp", "cuda_launch.cpp", "cuda_layer.cpp"),
+    *("cuda_node.cpp", "cuda_programs.cpp"),
 )
 # No -march: a file compiled for one processor dies of SIGILL on another. Without the two last, GCC would keep branches
 # where a vector needs none, for the sake of errno and of traps that nobody reads.

@@ -30,6 +30,7 @@ Driver opened() {
   find(library, "cuFuncSetAttribute", made.cuFuncSetAttribute);
   find(library, "cuFuncSetCacheConfig", made.cuFuncSetCacheConfig);
   find(library, "cuLaunchKernelEx", made.cuLaunchKernelEx);
+  find(library, "cuMemcpyDtoDAsync_v2", made.cuMemcpyDtoDAsync_v2);
   find(library, "cuTensorMapEncodeTiled", made.cuTensorMapEncodeTiled);
   const Result begun = made.cuInit(0);
   if (begun != SUCCESS) throw std::runtime_error(text("dsmoe::DsMoE: cuInit failed with error ", begun));

@@ -58,6 +58,7 @@ struct Driver {
   Result (*cuFuncSetAttribute)(Function, int attribute, int value);
   Result (*cuFuncSetCacheConfig)(Function, int config);
   Result (*cuLaunchKernelEx)(const LaunchConfig*, Function, void** arguments, void** extra);
+  Result (*cuMemcpyDtoDAsync_v2)(Pointer to, Pointer from, size_t bytes, Stream);
   Result (*cuTensorMapEncodeTiled)(TensorMap*, int element, uint32_t rank, void* address, const uint64_t* sizes,
                                    const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                    int interleave, int swizzle, int promotion, int fill);

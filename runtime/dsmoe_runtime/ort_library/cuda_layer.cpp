@@ -21,11 +21,6 @@ constexpr const char* NAMES[] = {
     "shared_gate_up", "shared_down"};
 enum Answer : size_t { Y, CHOSEN, ANSWERS };
 
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  throw Refusal(text("dsmoe::", OP, ": ", parts...));
-}
-
 // The gate's attributes; the key's words say what they may be.
 struct Gate {
   int64_t top_k = 0, n_group = 0, topk_group = 0, renormalize = 0;
@@ -35,20 +30,15 @@ struct Gate {
 
 Gate read_gate(const OrtApi* api, const OrtKernelInfo* info) {
   Gate gate;
-  const auto want = [&](const char* name, OrtStatus* status) {
-    if (status == nullptr) return;
-    ort::ReleaseStatus(api, status);
-    refuse("attribute ", name, " is missing, or of another type; export the model again");
-  };
   const auto want_integer = [&](const char* name, int64_t& value) {
-    want(name, ort::GetAttribute_int64(api, info, name, &value));
+    value = attribute(api, info, OP, ort::GetAttribute_int64, name, value);
   };
   const auto want_float = [&](const char* name, float& value) {
-    want(name, ort::GetAttribute_float(api, info, name, &value));
+    value = attribute(api, info, OP, ort::GetAttribute_float, name, value);
   };
   const auto want_string = [&](const char* name, std::string& value) {
     if (!read_string(api, info, name, value))
-      refuse("attribute ", name, " is missing, or of another type; export the model again");
+      refuse(OP, "attribute ", name, " is missing, or of another type; export the model again");
   };
   want_integer("top_k", gate.top_k);
   want_string("score", gate.score);
@@ -69,12 +59,12 @@ struct LayerCall {
 
   void want_dimensions(Place which, size_t wanted) const {
     if (inputs[which].shape.size() != wanted)
-      refuse(NAMES[which], " is ", shown(inputs[which].shape), "; it must have ", wanted, " dimensions");
+      refuse(OP, NAMES[which], " is ", shown(inputs[which].shape), "; it must have ", wanted, " dimensions");
   }
 
   void want_shape(Place which, const std::vector<int64_t>& wanted, const std::string& by) const {
     if (inputs[which].given && inputs[which].shape != wanted)
-      refuse(NAMES[which], " is ", shown(inputs[which].shape), "; ", by, " want ", shown(wanted));
+      refuse(OP, NAMES[which], " is ", shown(inputs[which].shape), "; ", by, " want ", shown(wanted));
   }
 
   std::string said(Place which) const { return text(NAMES[which], " ", shown(inputs[which].shape)); }
@@ -103,14 +93,14 @@ LayerCall read_layer_call(const OrtApi* api, OrtKernelContext* context, const At
   call.want_shape(ROUTER_BIAS, {E}, sizes);
   call.want_shape(SELECTION_BIAS, {E}, sizes);
   if (call.inputs[SHARED_GATE_UP].given != call.inputs[SHARED_DOWN].given)
-    refuse("shared_gate_up and shared_down go together, and one of them is missing");
+    refuse(OP, "shared_gate_up and shared_down go together, and one of them is missing");
   if (call.inputs[SHARED_DOWN].given) {
     call.want_dimensions(SHARED_DOWN, 2);
     call.S = call.inputs[SHARED_DOWN].shape[1];
     call.want_shape(SHARED_DOWN, {H, call.S}, by);
     call.want_shape(SHARED_GATE_UP, {parts * call.S, H}, text(call.said(SHARED_DOWN), " and ", layout));
   }
-  if (T < 0 || H < 1 || E < 1) refuse("there is nothing to compute with ", sizes);
+  if (T < 0 || H < 1 || E < 1) refuse(OP, "there is nothing to compute with ", sizes);
   return call;
 }
 
@@ -125,7 +115,7 @@ class CudaLayer {
   void compute(OrtKernelContext* context) const {
     const LayerCall call = read_layer_call(api(), context, attributes_);
     if (gate_.top_k < 1 || gate_.top_k > call.E)
-      refuse("top_k is ", gate_.top_k, "; of ", call.E, " experts it takes 1 to ", call.E);
+      refuse(OP, "top_k is ", gate_.top_k, "; of ", call.E, " experts it takes 1 to ", call.E);
     void* y = make_output(api(), context, Y, call.inputs[TOKENS].shape);
     void* chosen = make_output(api(), context, CHOSEN, {call.T, gate_.top_k});
     if (call.T == 0) return;

@@ -107,9 +107,19 @@ void CudaNode::launch(const OrtKernelContext* context, const Key& key, int64_t t
   const std::vector<int64_t> begins = cuda::laid_out(range, tokens);
   const Scratch scratch(api_, memory_.get(), context, begins.back());
   for (size_t i = 0; i < range.rooms.size(); ++i) places.push_back(scratch.address() + begins[i]);
-  void* stream = nullptr;
-  check(api_, ort::GetGPUComputeStream(api_, context, &stream));
-  cuda::launch(folder_, range, tokens, places, static_cast<cuda::Stream>(stream));
+  cuda::launch(folder_, range, tokens, places, stream(context));
+}
+
+void CudaNode::copy(const OrtKernelContext* context, const void* from, void* to, int64_t bytes) const {
+  const auto place = [](const void* memory) { return reinterpret_cast<cuda::Pointer>(memory); };
+  cuda::check(cuda::driver().cuMemcpyDtoDAsync_v2(place(to), place(from), static_cast<size_t>(bytes), stream(context)),
+              "copying within the GPU's memory");
+}
+
+cuda::Stream CudaNode::stream(const OrtKernelContext* context) const {
+  void* found = nullptr;
+  check(api_, ort::GetGPUComputeStream(api_, context, &found));
+  return static_cast<cuda::Stream>(found);
 }
 
 }  // namespace dsmoe

@@ -44,6 +44,22 @@ struct Buffer {
   const void* data;
 };
 
+template <class... Parts>
+[[noreturn]] void refuse(const char* op, const Parts&... parts) {
+  throw Refusal(text("dsmoe::", op, ": ", parts...));
+}
+
+// An attribute that the exporter always writes; `read` is the runtime's function for its type.
+template <class Read, class Value>
+Value attribute(const OrtApi* api, const OrtKernelInfo* info, const char* op, const Read& read, const char* name,
+                Value value) {
+  if (OrtStatus* status = read(api, info, name, &value)) {
+    ort::ReleaseStatus(api, status);
+    refuse(op, "attribute ", name, " is missing, or of another type; export the model again");
+  }
+  return value;
+}
+
 class CudaNode {
  public:
   CudaNode(const OrtApi* api, const OrtKernelInfo* info, const char* op, const std::string& kernels);
@@ -54,7 +70,12 @@ class CudaNode {
   void launch(const OrtKernelContext* context, const Key& key, int64_t tokens,
               const std::vector<Buffer>& buffers) const;
 
+  // Puts a copy within the device's memory into the runtime's stream.
+  void copy(const OrtKernelContext* context, const void* from, void* to, int64_t bytes) const;
+
  private:
+  cuda::Stream stream(const OrtKernelContext* context) const;
+
   const OrtApi* api_;
   const char* op_;
   std::shared_ptr<OrtAllocator> memory_;  // the device's, that the runtime hands out

@@ -1,4 +1,4 @@
-"""Nodes of dsmoe::DsMoE and dsmoe::DsMoELayer that the same kernels serve."""
+"""Nodes of our operators that the same kernels serve."""
 
 from __future__ import annotations
 
@@ -73,6 +73,45 @@ class MoELayer:
         """As that of a `Layer`."""
         own = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
         return f"DsMoELayer {_words(vars(self.routed))} {_words(own)}"
+
+
+@dataclass(frozen=True)
+class Gemv:
+    """What one program for DsGemv is made for: a row of `depth` values times a weight of `rows` rows."""
+
+    depth: int
+    rows: int
+    dtype: str
+
+    inputs = ("x", "weight")
+    outputs = ("y",)
+
+    def key(self) -> str:
+        """As that of a `Layer`."""
+        return f"DsGemv {_words(vars(self))}"
+
+
+@dataclass(frozen=True)
+class DecodeAttention:
+    """What one program for DsDecodeAttention is made for: A heads of queries and G of keys, C slots, P positions."""
+
+    heads: int
+    groups: int
+    width: int
+    slots: int
+    positions: int
+    scale: float
+    dtype: str
+
+    inputs = ("qkv", "cos", "sin", "position", "past_key", "past_value")
+    outputs = ("y", "present_key", "present_value")
+
+    def key(self) -> str:
+        """As that of a `Layer`."""
+        return f"DsDecodeAttention {_words(vars(self))}"
+
+
+OneToken = Gemv | DecodeAttention  # what takes one token alone
 
 
 def float32(value: float) -> float:

@@ -21,7 +21,10 @@ OrtCustomOpDomain* domain(const OrtApi* api, const std::string& kernels) {
   check(api, ort::CreateCustomOpDomain(api, "dsmoe", &fresh));
   add_cpu_ops(api, fresh);
   add_cuda_ops(api, fresh, kernels);
-  if (there) add_cuda_layer_ops(api, fresh, kernels);
+  if (there) {
+    add_cuda_layer_ops(api, fresh, kernels);
+    add_cuda_decode_ops(api, fresh, kernels);
+  }
   return made[{kernels, there}] = fresh;
 }
 

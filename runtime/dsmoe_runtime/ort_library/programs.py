@@ -37,13 +37,13 @@ import torch
 
 from dsmoe_runtime.errors import TargetError
 from dsmoe_runtime.ort_library.expressions import text
-from dsmoe_runtime.ort_library.layer import Layer, MoELayer
+from dsmoe_runtime.ort_library.layer import DecodeAttention, Gemv, Layer, MoELayer, OneToken
 
 if TYPE_CHECKING:  # they need Triton
     from dsmoe_runtime.ort_library.binaries import Argument, Binary, Pointer
     from dsmoe_runtime.ort_library.record import Record
 
-__all__ = ["TEXT", "Layer", "MoELayer", "write"]
+__all__ = ["TEXT", "DecodeAttention", "Gemv", "Layer", "MoELayer", "write"]
 
 TEXT, FORMAT = "programs.txt", 2
 CAPABILITIES = ((9, 0),)
@@ -52,7 +52,7 @@ Progress = Callable[[str], None]
 
 
 def write(
-    layers: Sequence[Layer | MoELayer],
+    layers: Sequence[Layer | MoELayer | OneToken],
     folder: Path,
     *,
     capability: tuple[int, int] = (9, 0),
@@ -78,7 +78,7 @@ def write(
             raise TargetError(f"there are no kernels for {layer.dtype}; there are for {', '.join(DTYPES)}")
         programs.append(program(layer))
         for record in records(layer):
-            if progress is not None:
+            if progress is not None and record.plans is not None:
                 regime = record.plans.routed.regime
                 progress(f"{layer.key().split()[0]} {layer.dtype}, {record.first} to {record.last} tokens: {regime}")
             programs += ranged(record, folder, kernels, capability)
@@ -91,7 +91,7 @@ def write(
     (folder / TEXT).write_text(body + "\n", encoding="utf-8")
 
 
-def program(layer: Layer | MoELayer) -> str:
+def program(layer: Layer | MoELayer | OneToken) -> str:
     """The statement that begins a program."""
     return f"program {','.join(layer.inputs)} {','.join(layer.outputs)} {layer.key()}"
 

@@ -10,7 +10,7 @@ again from there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMi
 from torch.overrides import TorchFunctionMode
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from dsmoe_runtime.ort_library import one_token
 from dsmoe_runtime.ort_library.hosts import Plans, inputs, launched, plans_for
-from dsmoe_runtime.ort_library.layer import Layer, MoELayer
+from dsmoe_runtime.ort_library.layer import Layer, MoELayer, OneToken
 
 MOST_TOKENS = 1 << 20
 RECORDING = threading.Lock()
@@ -50,17 +51,20 @@ class Record:
 
     first: int
     last: int
-    plans: Plans
+    plans: Plans | None  # of an operator for any number of tokens
     notes: list[Note]
     buffers: dict[int, str]
     rooms: list[int | SymInt]
     tensors: list[Tensor] = field(repr=False)
 
 
-def records(layer: Layer | MoELayer) -> Iterator[Record]:
+def records(layer: Layer | MoELayer | OneToken) -> Iterator[Record]:
     """One after the other, from 1 token to MOST_TOKENS. Raises: TargetError for what our kernels alone cannot do."""
     from dsmoe_runtime.kernels.choose import bucket
 
+    if isinstance(layer, OneToken):
+        yield once(layer)
+        return
     first = 1
     while first <= MOST_TOKENS:
         plans, last = plans_at(layer, first), bucket(first)
@@ -90,14 +94,30 @@ def record(layer: Layer | MoELayer, plans: Plans, first: int, last: int) -> Reco
     named = [fixed(note) for note in notes]
     if environment is not None:
         last = last_that_holds(environment, first, last)
-    kept = {name: tensor for name, tensor in (given | taken).items() if tensor is not None}
+    return Record(first, last, plans, named, *placed(named, given | taken))
+
+
+def once(kind: OneToken) -> Record:
+    """For one token, the only number that there is."""
+    notes: list[Note] = []
+    with without_gpu(notes):
+        given = one_token.inputs(kind)
+        taken = one_token.launched(kind, given)
+    return Record(1, 1, None, notes, *placed(notes, given | taken))
+
+
+def placed(
+    notes: list[Note], operands: Mapping[str, Tensor | None]
+) -> tuple[dict[int, str], list[int | SymInt], list[Tensor]]:
+    """The buffers, rooms and tensors of a record."""
+    kept = {name: tensor for name, tensor in operands.items() if tensor is not None}
     buffers = {address(tensor): name for name, tensor in kept.items()}
     rooms: list[int | SymInt] = []
     for tensor in [tensor for note in notes for tensor in tensors_of(note)]:
         if address(tensor) not in buffers:
             buffers[address(tensor)] = f"room{len(rooms)}"
             rooms.append(tensor.untyped_storage().nbytes())
-    return Record(first, last, plans, named, buffers, rooms, list(kept.values()))
+    return buffers, rooms, list(kept.values())
 
 
 def symbol(first: int, last: int) -> tuple[Any, ShapeEnv]:
@@ -153,9 +173,9 @@ class Memoryless(TorchFunctionMode):
 @contextmanager
 def without_gpu(notes: list[Note]) -> Iterator[None]:
     """In this thread launches are noted, as for a Hopper GPU; in others, kernels run as ever."""
-    from dsmoe_runtime.kernels import dispatch, experts, moe, route, specialised
+    from dsmoe_runtime.kernels import decode_attention, dispatch, experts, gemv, moe, route, specialised
 
-    owner, hosts = threading.get_ident(), (experts, dispatch, moe, route, specialised)
+    owner, hosts = threading.get_ident(), (experts, dispatch, moe, route, specialised, gemv, decode_attention)
 
     def replaced(name: str, own: Any, other: Any) -> Any:
         return lambda *args, **kwargs: (own if threading.get_ident() == owner else other)(*args, **kwargs)

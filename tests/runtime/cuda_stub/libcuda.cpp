@@ -16,6 +16,8 @@ using dsmoe::cuda::Context;
 using dsmoe::cuda::Function;
 using dsmoe::cuda::LaunchConfig;
 using dsmoe::cuda::Module;
+using dsmoe::cuda::Pointer;
+using dsmoe::cuda::Stream;
 using dsmoe::cuda::TensorMap;
 
 namespace {
@@ -72,6 +74,11 @@ int cuFuncSetCacheConfig(Function, int) { return 0; }
 
 int cuFuncSetAttribute(Function function, int attribute, int value) {
   std::printf("attribute %s %d %d\n", reinterpret_cast<char*>(function), attribute, value);
+  return 0;
+}
+
+int cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t bytes, Stream stream) {
+  std::printf("copy %" PRIu64 " %" PRIu64 " %zu %" PRIu64 "\n", to, from, bytes, reinterpret_cast<uint64_t>(stream));
   return 0;
 }
 

@@ -4,6 +4,7 @@
 //     int|float|string NAME VALUE        an attribute
 //     input ELEMENT SIZE SIZE ...        the next input; `input 0` is absent
 //     shift PLACE BYTES                  this input does not begin where it should
+//     bind OUTPUT INPUT                  this output has that input's memory
 //
 // Tensors begin at multiples of 2^32, inputs first, workspace at 2^40; nothing is read from there. Outputs are printed
 // as they are asked for: `output PLACE SIZE SIZE ...`.
@@ -32,7 +33,7 @@ struct OrtKernelInfo {
 };
 struct OrtKernelContext {
   std::vector<OrtValue> inputs;
-  OrtValue outputs[2];
+  OrtValue outputs[3];
 };
 struct OrtTensorTypeAndShapeInfo : OrtValue {};
 struct OrtCustomOpDomain {
@@ -145,6 +146,7 @@ int main(int, char** words) {
   int element = 0;
   OrtKernelInfo info;
   OrtKernelContext context;
+  std::map<size_t, size_t> bound;
   for (std::string line; std::getline(std::cin, line);) {
     std::istringstream stream(line);
     std::string kind;
@@ -159,6 +161,10 @@ int main(int, char** words) {
       value.address = value.element == 0 ? 0 : uint64_t{context.inputs.size()} << 32;
       for (int64_t size = 0; stream >> size;) value.sizes.push_back(size);
     }
+    if (kind == "bind") {
+      size_t output = 0;
+      stream >> output >> bound[output];
+    }
     if (kind == "shift") {
       size_t place = 0;
       uint64_t bytes = 0;
@@ -169,10 +175,12 @@ int main(int, char** words) {
   OrtCustomOpDomain domain;
   dsmoe::add_cuda_ops(api, &domain, words[1]);
   dsmoe::add_cuda_layer_ops(api, &domain, words[1]);
+  dsmoe::add_cuda_decode_ops(api, &domain, words[1]);
   for (const OrtCustomOp* each : domain.ops) {
     if (each->GetName(each) != op || each->GetInputType(each, 0) != element) continue;
     const size_t inputs = each->GetInputTypeCount(each);
-    for (uint64_t i = 0; i < 2; ++i) context.outputs[i].address = (inputs + i + 1) << 32;
+    for (uint64_t i = 0; i < 3; ++i) context.outputs[i].address = (inputs + i + 1) << 32;
+    for (const auto& [output, input] : bound) context.outputs[output].address = context.inputs.at(input).address;
     void* kernel = nullptr;
     if (OrtStatus* status = each->CreateKernelV2(each, api, &info, &kernel)) return complaint(status);
     if (OrtStatus* status = each->KernelComputeV2(kernel, &context)) return complaint(status);

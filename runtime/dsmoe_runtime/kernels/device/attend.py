@@ -10,6 +10,14 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def attend_more(best, total, answer, score, v):
+    """A part's maximum, sum of powers and answer with more slots, at least one of them seen."""
+    higher = tl.maximum(best, tl.max(score, 0))
+    power, kept = tl.exp(score - higher), tl.exp(best - higher)
+    return higher, total * kept + tl.sum(power, 0), answer * kept + tl.sum(power[:, None] * v.to(tl.float32), 0)
+
+
 @triton.jit(do_not_specialize=["scale"])
 def attend_part(
     query,
@@ -51,11 +59,7 @@ def attend_part(
             k = tl.load(key + head * stride_ka + c[:, None] * stride_kc + d[None, :], mask=wanted, other=0.0)
             v = tl.load(value + head * stride_va + c[:, None] * stride_vc + d[None, :], mask=wanted, other=0.0)
             score = tl.where(seen, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
-            higher = tl.maximum(best, tl.max(score, 0))
-            power, kept = tl.exp(score - higher), tl.exp(best - higher)
-            total = total * kept + tl.sum(power, 0)
-            answer = answer * kept + tl.sum(power[:, None] * v.to(tl.float32), 0)
-            best = higher
+            best, total, answer = attend_more(best, total, answer, score, v)
     row = head * tl.num_programs(0) + part
     tl.store(sizes + 2 * row, best)
     tl.store(sizes + 2 * row + 1, total)
