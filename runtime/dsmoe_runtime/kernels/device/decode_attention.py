@@ -56,6 +56,7 @@ def decode_attention_part(
     if PDL:
         tl.extra.cuda.gdc_wait()
     q1, q2 = turned(qkv + head * D, cosine, sine, inside, h, HALF)
+    scale = tl.cast(scale, tl.float32)  # float64 from a compiled graph
     q1, q2 = q1 * scale, q2 * scale
     cache = group.to(tl.int64) * C * D
     best = tl.full([], float("-inf"), tl.float32)
