@@ -8,7 +8,7 @@ checks sends single tokens through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -32,13 +32,7 @@ def prove(
 ) -> Verification:
     """Every check for every session; `opened(threads)` opens one. Raises nothing for a difference."""
     found: list[Verification] = []
-    cases = [
-        (f"{threads} thread{'s' * (threads > 1)}, {batch} row{'s' * (batch > 1)}", Slots(opened(threads), batch))
-        for threads, batch in SESSIONS
-    ]
-    if cases[0][1].runner.one_token is not None:
-        cases.append((DECODE, OneSequence(cases[0][1].runner, 1)))
-    for where, slots in cases:
+    for where, slots in rounds(opened):
 
         def say(step: str, where: str = where) -> None:
             progress(f"verify: {step.removeprefix('verify: ')} ({where})")
@@ -46,12 +40,23 @@ def prove(
         result = check(slots, config, say)
         checks = tuple(replace(judged(one, config), name=f"{one.name} ({where})") for one in result.checks)
         found.append(replace(result, checks=checks))
+        del slots  # the next one's weights take the memory
     return replace(
         found[0],
         checks=tuple(one for result in found for one in result.checks),
         first_diverging_layer=next((r.first_diverging_layer for r in found if r.first_diverging_layer), None),
         seconds=sum(result.seconds for result in found),
     )
+
+
+def rounds(opened: Callable[[int], OnnxRunner]) -> Iterator[tuple[str, Slots]]:
+    """What is checked, one after the other, so that the weights are in memory once, and what to call it."""
+    for threads, batch in SESSIONS:
+        runner = opened(threads)
+        yield f"{threads} thread{'s' * (threads > 1)}, {batch} row{'s' * (batch > 1)}", Slots(runner, batch)
+        if runner.one_token is not None and batch == 1:
+            yield DECODE, OneSequence(runner, 1)
+        del runner
 
 
 def judged(check: Check, config: CompileConfig) -> Check:
