@@ -44,6 +44,7 @@ from dsmoe_compiler import CompileConfig
 from dsmoe_compiler.api import compile as compile_model
 from dsmoe_compiler.targets.onnx.opening import DECODE, MODEL
 from dsmoe_compiler.targets.onnx.runner import library_of
+from dsmoe_compiler.targets.onnx.session import open_session
 from dsmoe_model.presets import PRESETS
 from dsmoe_model.transformer import Transformer, build
 from dsmoe_runtime.agreement import within_budget
@@ -51,21 +52,6 @@ from dsmoe_runtime.agreement import within_budget
 LAYERS = 4
 OURS, CONTRIB, TORCH = "ort-cuda onnxruntime", "ort-contrib onnxruntime", "dsmoe torch"
 Made = tuple[Replay, candidates.Answer]
-
-
-def open_folder(file: Path, device: torch.device, *, graph: bool) -> Any:
-    """A session on a file of an exported folder, on torch's stream."""
-    import onnxruntime
-
-    options, providers = onnxruntime.SessionOptions(), list[Any](["CPUExecutionProvider"])
-    options.log_severity_level = 3
-    if (library := library_of(file.parent, False)) is not None:
-        options.register_custom_ops_library(str(library))
-    if device.type == "cuda":
-        settings = {"user_compute_stream": str(torch.cuda.current_stream(device).cuda_stream), "use_tf32": "0"}
-        settings |= {"enable_cuda_graph": "1"} if graph else {}
-        providers = [("CUDAExecutionProvider", settings), *providers]
-    return onnxruntime.InferenceSession(str(file), options, providers=providers)
 
 
 def step(folder: Path, problem: candidates.Problem, model: Transformer, *, context: int, graph: bool) -> Made:
@@ -91,7 +77,8 @@ def step(folder: Path, problem: candidates.Problem, model: Transformer, *, conte
     layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
     experts = torch.empty(layers, batch * length, config.num_experts_per_tok, dtype=torch.int64, device=device)
     taken |= {"logits": logits, "experts": experts}
-    session = open_folder(folder / (DECODE if one else MODEL), device, graph=graph)
+    file, library = folder / (DECODE if one else MODEL), library_of(folder, False)
+    session = open_session(file, device, library=library, graph=graph)
     return replay(session, given, taken, device), (logits, experts)
 
 

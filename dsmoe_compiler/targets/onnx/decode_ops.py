@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from dsmoe_compiler.targets.onnx.op import TYPE_VARIABLES, attribute_values, nodes_of, register
+from dsmoe_compiler.targets.onnx.op import TYPE_VARIABLES, all_attributes, nodes_of, register
 from dsmoe_runtime.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ def check_node(
 ) -> dict[str, Any]:
     """A node's attributes, of which all are there, as are its inputs and outputs. Raises: ArtifactError."""
     name = f"{node.op_type} {node.name!r}"
-    values = attribute_values(node, types, name)
-    missing = sorted(types.keys() - values.keys())
-    if missing:
-        raise ArtifactError(f"{name}: attribute {missing[0]!r} is missing; export the model again")
+    values = all_attributes(node, types, name)
     for what, found, wanted in (("inputs", node.input, inputs), ("outputs", node.output, outputs)):
         if len(found) != len(wanted) or not all(found):
             raise ArtifactError(f"{name}: its {what} {list(found)} are not {', '.join(n for n, _, _ in wanted)}")

@@ -9,7 +9,7 @@ C slots, V vocabulary, L layers with routed experts, K experts a token.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_compiler.targets.onnx.session import NAMES, open_session, place
+from dsmoe_compiler.targets.onnx.session import NAMES, interface, open_session, place
 
 INTEGERS = {"tensor(int64)": torch.int64}
 
@@ -25,25 +25,15 @@ INTEGERS = {"tensor(int64)": torch.int64}
 class DecodeSession:
     """`fill(past)`, then `(ids [1, 1], position)` -> `(logits [1, V], experts [L, 1, K])`, one position after another.
 
-    Raises: ArtifactError if ONNX Runtime does not take the model. `turn` is held for as long as a sequence needs.
+    options: of `session.open_session`, which see. `turn` is held for as long as a sequence needs.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        device: torch.device,
-        *,
-        library: Path | None = None,
-        threads: int | None = None,
-        weights: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, device: torch.device, **options: Any) -> None:
         self.device, self.turn = device, threading.Lock()
         self._stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
-            options: dict[str, Any] = {"library": library, "threads": threads, "weights": weights}
             self._session = open_session(path, device, graph=True, **options)
-        self.inputs = {value.name: (value.type, value.shape) for value in self._session.get_inputs()}
-        self.outputs = {value.name: (value.type, value.shape) for value in self._session.get_outputs()}
+        self.inputs, self.outputs = interface(self._session)
 
     @cached_property
     def _memory(self) -> dict[str, Tensor]:

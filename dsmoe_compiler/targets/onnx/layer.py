@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dsmoe_compiler.targets.onnx.op import TYPE_VARIABLES, TYPES, Attributes, attribute_values, nodes_of, register
+from dsmoe_compiler.targets.onnx.op import TYPE_VARIABLES, TYPES, Attributes, all_attributes, nodes_of, register
 from dsmoe_runtime.errors import ArtifactError, ConfigError
 from dsmoe_runtime.ops.moe import ROUTER_DTYPES
 from dsmoe_runtime.ops.route import check_routing
@@ -107,10 +107,7 @@ def layers_of(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 def kind_of(node: onnx.NodeProto, model: onnx.ModelProto) -> Kind:
     """A node's kind. Raises: ArtifactError for attributes or inputs that the op does not have, by name."""
     name = f"{LAYER_TYPE} {node.name!r}"
-    values = attribute_values(node, fields(), name)
-    missing = sorted(fields().keys() - values.keys())
-    if missing:
-        raise ArtifactError(f"{name}: attribute {missing[0]!r} is missing; export the model again")
+    values = all_attributes(node, fields(), name)
     gate = Gate(**{key: values[key] for key in Gate._fields})
     experts = Attributes(**{key: values[key] for key in Attributes._fields})
     present = [bool(given) for given in [*node.input, *[""] * len(INPUTS)][: len(INPUTS)]]

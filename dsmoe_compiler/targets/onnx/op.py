@@ -139,6 +139,15 @@ def attribute_values(node: onnx.NodeProto, types: dict[str, type], what: str) ->
     return given
 
 
+def all_attributes(node: onnx.NodeProto, types: dict[str, type], what: str) -> dict[str, Any]:
+    """As `attribute_values`, of an op whose attributes are always written: ArtifactError for one that is not there."""
+    values = attribute_values(node, types, what)
+    missing = sorted(types.keys() - values.keys())
+    if missing:
+        raise ArtifactError(f"{what}: attribute {missing[0]!r} is missing; export the model again")
+    return values
+
+
 def has_biases(node: onnx.NodeProto) -> bool:
     """Whether a DsMoE node has its biases; ArtifactError if its inputs and outputs are not those of the op."""
     present = [bool(name) for name in node.input]

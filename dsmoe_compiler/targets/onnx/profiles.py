@@ -28,7 +28,7 @@ from dsmoe_compiler.targets.onnx.layer_function import add_layer_functions
 from dsmoe_compiler.targets.onnx.nodes import shape
 from dsmoe_compiler.targets.onnx.op import DOMAIN
 from dsmoe_compiler.targets.onnx.opening import DECODE, MODEL
-from dsmoe_compiler.targets.onnx.session import KERNELS, LIBRARY, PROVIDERS
+from dsmoe_compiler.targets.onnx.session import KERNELS, LIBRARY, PROVIDERS, TYPES
 from dsmoe_runtime.ops.activation import has_gate
 from dsmoe_runtime.ort_library.layer import DecodeAttention, Gemv, Layer, MoELayer, OneToken
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import onnx
 
 Say = Callable[[str], None]
-NAMES = {1: "float32", 10: "float16", 16: "bfloat16"}  # by onnx.TensorProto's numbers
+NAMES = {number: str(dtype).removeprefix("torch.") for dtype, number in TYPES.items()}
 
 
 def lowered(proto: onnx.ModelProto, layers: list[str], config: CompileConfig) -> tuple[onnx.ModelProto, str, list[str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsmoe_compiler.runner import Runner, Shapes, Steps
 from dsmoe_compiler.targets.onnx.decode_session import DecodeSession
 from dsmoe_compiler.targets.onnx.opening import DECODE
-from dsmoe_compiler.targets.onnx.session import LIBRARY, StepSession
+from dsmoe_compiler.targets.onnx.session import LIBRARY, Interface, StepSession
 from dsmoe_compiler.targets.onnx.weights_once import Weights
 from dsmoe_model.attention import KVCache
 from dsmoe_model.checkpoint import Tokenizer
@@ -49,31 +49,28 @@ def open_onnx(
     weights = Weights(folder, place) if one else None
     options: dict[str, Any] = {"library": library_of(folder, library), "threads": threads}
     session = StepSession(folder / file, place, weights=weights.of(file) if weights else None, **options)
-    wanted: dict[str, tuple[str, list[Any]]] = {"input_ids": ("tensor(int64)", ["batch", "sequence"])}
+    wanted: Interface = {"input_ids": ("tensor(int64)", ["batch", "sequence"])}
     for number, pair in enumerate(shapes):
         for side, (_, heads, _, width) in zip(("key", "value"), pair, strict=True):
             wanted[f"past_key_values.{number}.{side}"] = (str(dtype), ["batch", heads, "past", width])
-    if session.inputs != wanted or session.outputs["logits"][1] != ["batch", vocab_size]:
-        differing = [name for name in {**wanted, **session.inputs} if session.inputs.get(name) != wanted.get(name)]
-        raise ArtifactError(f"{folder} is damaged: {file} takes other inputs than its manifest says: {differing[:3]}")
+    check_interface(folder, file, session, wanted, ["batch", vocab_size])
     decode = None
     if weights is not None:
         decode = DecodeSession(folder / DECODE, place, weights=weights.of(DECODE), **options)
-        check_decode(folder, decode, wanted, vocab_size, manifest["capacity"])
+        sizes = {"batch": 1, "sequence": 1, "past": manifest["capacity"]}
+        fixed = {name: (kind, [sizes.get(size, size) for size in shape]) for name, (kind, shape) in wanted.items()}
+        check_interface(folder, DECODE, decode, fixed | {"position": ("tensor(int64)", [1])}, [1, vocab_size])
     own: dict[str, Any] = {"manifest": manifest, "tokenizer": tokenizer, "weights": weights}
     return OnnxRunner(vocab_size, shapes, session=session, decode=decode, **own)
 
 
-def check_decode(
-    folder: Path, session: DecodeSession, step: dict[str, tuple[str, list[Any]]], vocab_size: int, capacity: int
+def check_interface(
+    folder: Path, file: str, session: StepSession | DecodeSession, wanted: Interface, logits: list[Any]
 ) -> None:
-    """Raises: ArtifactError, if decode.onnx is not the step of one token of the model beside it."""
-    sizes = {"batch": 1, "sequence": 1, "past": capacity}
-    wanted = {name: (kind, [sizes.get(size, size) for size in shape]) for name, (kind, shape) in step.items()}
-    wanted["position"] = ("tensor(int64)", [1])
-    if session.inputs != wanted or session.outputs["logits"][1] != [1, vocab_size]:
+    """Raises: ArtifactError, if a file's inputs and logits are not those of the manifest's model."""
+    if session.inputs != wanted or session.outputs["logits"][1] != logits:
         differing = [name for name in {**wanted, **session.inputs} if session.inputs.get(name) != wanted.get(name)]
-        raise ArtifactError(f"{folder} is damaged: {DECODE} takes other inputs than its manifest says: {differing[:3]}")
+        raise ArtifactError(f"{folder} is damaged: {file} takes other inputs than its manifest says: {differing[:3]}")
 
 
 def library_of(folder: Path, wanted: bool) -> Path | None:

@@ -30,34 +30,25 @@ INSTALL = {
 LIBRARY, KERNELS = "libdsmoe_ort.so", "kernels"  # of profile ort-cuda, beside the model
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 TYPES = {torch.float32: 1, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}  # as onnx.TensorProto numbers them
+Interface = dict[str, tuple[str, list[Any]]]
 NAMES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
 
 
 class StepSession:
     """`(ids [B, S], past)` -> `(logits [B, V], experts [L, B*S, K], present)`; B, S and P are free.
 
-    Raises: ArtifactError if ONNX Runtime does not take the model. Calls from several threads wait for one another.
+    options: of `open_session`, which see. Calls from several threads wait for one another.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        device: torch.device,
-        *,
-        library: Path | None = None,
-        threads: int | None = None,
-        weights: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, device: torch.device, **options: Any) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # see open_session
         with torch.cuda.stream(self._stream):
-            self._session = open_session(path, device, library=library, threads=threads, weights=weights)
+            self._session = open_session(path, device, **options)
         self._lock = threading.Lock()
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        self.inputs = {value.name: (value.type, value.shape) for value in inputs}
-        self.outputs = {value.name: (value.type, value.shape) for value in outputs}
-        self.past = [value.name for value in inputs[1:]]
-        self.present = [value.name for value in outputs if value.name.startswith("present.")]
+        self.inputs, self.outputs = interface(self._session)
+        self.past = list(self.inputs)[1:]
+        self.present = [name for name in self.outputs if name.startswith("present.")]
 
     @torch.no_grad()
     def __call__(self, ids_BS: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -91,6 +82,15 @@ class StepSession:
         here.wait_stream(self._stream)
 
 
+def interface(session: onnxruntime.InferenceSession) -> tuple[Interface, Interface]:
+    """Type and shape of every input and of every output by its name, in their order."""
+    inputs, outputs = (
+        {value.name: (value.type, value.shape) for value in side}
+        for side in (session.get_inputs(), session.get_outputs())
+    )
+    return inputs, outputs
+
+
 def place(tensor: Tensor) -> tuple[Any, ...]:
     """What a binding is told of a tensor: where it lies, its type and its shape."""
     return tensor.device.type, tensor.device.index or 0, TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr()
@@ -100,8 +100,8 @@ def open_session(
     path: Path,
     device: torch.device,
     *,
-    library: Path | None,
-    threads: int | None,
+    library: Path | None = None,
+    threads: int | None = None,
     weights: Mapping[str, Any] | None = None,
     graph: bool = False,
 ) -> onnxruntime.InferenceSession:

@@ -1,8 +1,8 @@
 """The weights of several ONNX files, once in a GPU's memory.
 
 Two sessions on one artifact would each read its weights: ONNX Runtime takes what it is handed by `add_initializer` as
-it lies, if it lies where the session wants it. (Of ONNX Runtime before 1.26 no tensor can be handed over so; sessions
-then have weights of their own.)
+it lies, if it lies where the session wants it. (Where ONNX Runtime's Python has no `OrtValue.from_dlpack`, no tensor
+can be handed over so, and sessions have weights of their own.)
 """
 
 from __future__ import annotations

@@ -34,20 +34,30 @@ def span_of(slots: int) -> int:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """`[1, A, 1, D]`; arguments as in `ops.attend`."""
     _, heads, slots, width = key.shape
-    span = span_of(slots)
-    parts = triton.cdiv(slots, span)
-    y = query.new_empty(query.shape)
-    answers = query.new_empty((heads, parts, width), dtype=torch.float32)
-    sizes = query.new_empty((heads, parts, 2), dtype=torch.float32)
-    pdl, depth = chained(query.device), triton.next_power_of_2(width)
+    span, answers, sizes = in_parts(query, heads, slots, width)
+    pdl = chained(query.device)
     launch(
-        attend_part, (parts, heads), query, key, value, mask.contiguous(), answers, sizes, slots, scale,
+        attend_part, (answers.shape[1], heads), query, key, value, mask.contiguous(), answers, sizes, slots, scale,
         query.stride(1), *key.stride()[1:3], *value.stride()[1:3],
-        SPAN=span, D=width, BLOCK_C=BLOCK, BLOCK_D=depth,
+        SPAN=span, D=width, BLOCK_C=BLOCK, BLOCK_D=triton.next_power_of_2(width),
         PDL=pdl, num_warps=1, pdl=pdl,
     )  # fmt: skip
+    return summed(answers, sizes, query.new_empty(query.shape))
+
+
+def in_parts(like: Tensor, heads: int, slots: int, width: int) -> tuple[int, Tensor, Tensor]:
+    """Slots of a part; room for the answer, and for the maximum and the sum of powers, of each part of each head."""
+    span = span_of(slots)
+    shape = (heads, triton.cdiv(slots, span))
+    answers, sizes = (like.new_empty((*shape, last), dtype=torch.float32) for last in (width, 2))
+    return span, answers, sizes
+
+
+def summed(answers: Tensor, sizes: Tensor, y: Tensor) -> Tensor:
+    """`y`, with the answers of each head's parts made one."""
+    (heads, parts, width), pdl = answers.shape, chained(y.device)
     launch(
         attend_sum, (heads,), answers, sizes, y, PARTS=parts, D=width, PADDED=triton.next_power_of_2(parts),
-        BLOCK_D=depth, PDL=pdl, num_warps=4, pdl=pdl,
+        BLOCK_D=triton.next_power_of_2(width), PDL=pdl, num_warps=4, pdl=pdl,
     )  # fmt: skip
     return y

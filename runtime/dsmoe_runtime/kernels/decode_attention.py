@@ -7,12 +7,10 @@ positions that angles are known of, D head width.
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 
-from dsmoe_runtime.kernels.attend import BLOCK, WIDEST, span_of
-from dsmoe_runtime.kernels.device.attend import attend_sum
+from dsmoe_runtime.kernels.attend import BLOCK, WIDEST, in_parts, summed
 from dsmoe_runtime.kernels.device.decode_attention import decode_attention_part
 from dsmoe_runtime.kernels.launch import chained, launch
 
@@ -36,18 +34,11 @@ def decode_attention(
     """
     _, groups, slots, width = key.shape
     heads = qkv.shape[-1] // width - 2 * groups
-    span = span_of(slots)
-    parts = triton.cdiv(slots, span)
-    y = qkv.new_empty((1, 1, heads * width))
-    answers = qkv.new_empty((heads, parts, width), dtype=torch.float32)
-    sizes = qkv.new_empty((heads, parts, 2), dtype=torch.float32)
-    pdl, depth = chained(qkv.device), triton.next_power_of_2(width)
+    span, answers, sizes = in_parts(qkv, heads, slots, width)
+    pdl = chained(qkv.device)
     launch(
-        decode_attention_part, (parts, heads), qkv, cos, sin, position, key, value, answers, sizes, scale,
-        A=heads, G=groups, C=slots, D=width, SPAN=span, BLOCK_C=BLOCK, BLOCK_D=depth, PDL=pdl, num_warps=1, pdl=pdl,
+        decode_attention_part, (answers.shape[1], heads), qkv, cos, sin, position, key, value, answers, sizes, scale,
+        A=heads, G=groups, C=slots, D=width, SPAN=span, BLOCK_C=BLOCK, BLOCK_D=triton.next_power_of_2(width),
+        PDL=pdl, num_warps=1, pdl=pdl,
     )  # fmt: skip
-    launch(
-        attend_sum, (heads,), answers, sizes, y, PARTS=parts, D=width, PADDED=triton.next_power_of_2(parts),
-        BLOCK_D=depth, PDL=pdl, num_warps=4, pdl=pdl,
-    )  # fmt: skip
-    return y
+    return summed(answers, sizes, qkv.new_empty((1, 1, heads * width)))

@@ -11,49 +11,6 @@
 namespace dsmoe {
 namespace {
 
-using Shape = std::vector<int64_t>;
-
-// The tensors of one call: the inputs, none of which may be absent, and as buffers then the outputs, too.
-class Tensors {
- public:
-  template <size_t count>
-  Tensors(const OrtApi* api, OrtKernelContext* context, const char* op, const char* const (&names)[count])
-      : api_(api), context_(context), op_(op) {
-    for (size_t i = 0; i < count; ++i) {
-      inputs_.push_back(read_input(api, context, i));
-      buffers_.push_back({names[i], inputs_[i].data});
-    }
-  }
-
-  const Shape& shape(size_t which) const { return inputs_[which].shape; }
-  const void* data(size_t which) const { return inputs_[which].data; }
-  const std::vector<Buffer>& buffers() const { return buffers_; }
-  std::string said(size_t which) const { return text(buffers_[which].name, " ", shown(shape(which))); }
-
-  void want_dimensions(size_t which, size_t wanted) const {
-    if (shape(which).size() != wanted)
-      refuse(op_, buffers_[which].name, " is ", shown(shape(which)), "; it must have ", wanted, " dimensions");
-  }
-
-  void want_shape(size_t which, const Shape& wanted, const std::string& by) const {
-    if (shape(which) != wanted)
-      refuse(op_, buffers_[which].name, " is ", shown(shape(which)), "; ", by, " want ", shown(wanted));
-  }
-
-  void* add_output(const char* name, const Shape& shape) {
-    void* made = make_output(api_, context_, buffers_.size() - inputs_.size(), shape);
-    buffers_.push_back({name, made});
-    return made;
-  }
-
- private:
-  const OrtApi* api_;
-  OrtKernelContext* context_;
-  const char* op_;
-  std::vector<Tensor> inputs_;
-  std::vector<Buffer> buffers_;
-};
-
 class CudaGemv {
  public:
   static constexpr const char* OP = "DsGemv";
@@ -121,8 +78,8 @@ class CudaDecodeAttention {
     tensors.want_shape(SIN, {P, D / 2}, tensors.said(COS));
     tensors.want_shape(POSITION, {1}, "kernels for one token");
     tensors.add_output("y", {1, 1, A_ * D});
-    keep(context, tensors.data(PAST_KEY), tensors.add_output("present_key", past), G_ * C * D);
-    keep(context, tensors.data(PAST_VALUE), tensors.add_output("present_value", past), G_ * C * D);
+    keep(context, tensors[PAST_KEY].data, tensors.add_output("present_key", past), G_ * C * D);
+    keep(context, tensors[PAST_VALUE].data, tensors.add_output("present_value", past), G_ * C * D);
     Key key(OP);
     key.add("heads", A_).add("groups", G_).add("width", D).add("slots", C).add("positions", P);
     key.add("scale", scale_).add("dtype", type_name(element_));

@@ -54,51 +54,38 @@ Gate read_gate(const OrtApi* api, const OrtKernelInfo* info) {
 
 // All tensors of one call, already checked against each other.
 struct LayerCall {
-  Tensor inputs[PLACES];
+  Tensors tensors;
   int64_t T = 0, H = 0, E = 0, I = 0, S = 0;
-
-  void want_dimensions(Place which, size_t wanted) const {
-    if (inputs[which].shape.size() != wanted)
-      refuse(OP, NAMES[which], " is ", shown(inputs[which].shape), "; it must have ", wanted, " dimensions");
-  }
-
-  void want_shape(Place which, const std::vector<int64_t>& wanted, const std::string& by) const {
-    if (inputs[which].given && inputs[which].shape != wanted)
-      refuse(OP, NAMES[which], " is ", shown(inputs[which].shape), "; ", by, " want ", shown(wanted));
-  }
-
-  std::string said(Place which) const { return text(NAMES[which], " ", shown(inputs[which].shape)); }
 };
 
 LayerCall read_layer_call(const OrtApi* api, OrtKernelContext* context, const Attributes& attributes) {
-  using Shape = std::vector<int64_t>;
-  LayerCall call;
-  for (size_t i = 0; i < PLACES; ++i) call.inputs[i] = read_input(api, context, i);
-  call.want_dimensions(TOKENS, 2);
-  call.want_dimensions(ALL_GATE_UP, 3);
-  call.want_dimensions(ALL_DOWN, 3);
+  LayerCall call{{api, context, OP, NAMES}};
+  const Tensors& tensors = call.tensors;
+  tensors.want_dimensions(TOKENS, 2);
+  tensors.want_dimensions(ALL_GATE_UP, 3);
+  tensors.want_dimensions(ALL_DOWN, 3);
   const int64_t parts = attributes.parts();
-  const Shape& gate_up = call.inputs[ALL_GATE_UP].shape;
-  const int64_t T = call.T = call.inputs[TOKENS].shape[0], H = call.H = call.inputs[TOKENS].shape[1];
+  const Shape& gate_up = tensors[ALL_GATE_UP].shape;
+  const int64_t T = call.T = tensors[TOKENS].shape[0], H = call.H = tensors[TOKENS].shape[1];
   const int64_t E = call.E = gate_up[0], I = call.I = gate_up[attributes.transposed() ? 2 : 1] / parts;
   const std::string layout = text("layout '", LAYOUTS[static_cast<int>(attributes.layout)], "'");
-  const std::string by = text(call.said(TOKENS), " and ", layout);
-  const std::string sizes = text(call.said(TOKENS), " and ", call.said(ALL_GATE_UP));
-  call.want_shape(ALL_GATE_UP, attributes.transposed() ? Shape{E, H, parts * I} : Shape{E, parts * I, H}, by);
-  call.want_shape(ALL_DOWN, attributes.transposed() ? Shape{E, I, H} : Shape{E, H, I},
-                  text(call.said(ALL_GATE_UP), " and ", layout));
-  call.want_shape(ALL_GATE_UP_BIAS, {E, parts * I}, text(call.said(ALL_GATE_UP), " and ", layout));
-  call.want_shape(ALL_DOWN_BIAS, {E, H}, sizes);
-  call.want_shape(ROUTER_WEIGHT, {E, H}, sizes);
-  call.want_shape(ROUTER_BIAS, {E}, sizes);
-  call.want_shape(SELECTION_BIAS, {E}, sizes);
-  if (call.inputs[SHARED_GATE_UP].given != call.inputs[SHARED_DOWN].given)
+  const std::string by = text(tensors.said(TOKENS), " and ", layout);
+  const std::string sizes = text(tensors.said(TOKENS), " and ", tensors.said(ALL_GATE_UP));
+  tensors.want_shape(ALL_GATE_UP, attributes.transposed() ? Shape{E, H, parts * I} : Shape{E, parts * I, H}, by);
+  tensors.want_shape(ALL_DOWN, attributes.transposed() ? Shape{E, I, H} : Shape{E, H, I},
+                     text(tensors.said(ALL_GATE_UP), " and ", layout));
+  tensors.want_shape_if_given(ALL_GATE_UP_BIAS, {E, parts * I}, text(tensors.said(ALL_GATE_UP), " and ", layout));
+  tensors.want_shape_if_given(ALL_DOWN_BIAS, {E, H}, sizes);
+  tensors.want_shape_if_given(ROUTER_WEIGHT, {E, H}, sizes);
+  tensors.want_shape_if_given(ROUTER_BIAS, {E}, sizes);
+  tensors.want_shape_if_given(SELECTION_BIAS, {E}, sizes);
+  if (tensors[SHARED_GATE_UP].given != tensors[SHARED_DOWN].given)
     refuse(OP, "shared_gate_up and shared_down go together, and one of them is missing");
-  if (call.inputs[SHARED_DOWN].given) {
-    call.want_dimensions(SHARED_DOWN, 2);
-    call.S = call.inputs[SHARED_DOWN].shape[1];
-    call.want_shape(SHARED_DOWN, {H, call.S}, by);
-    call.want_shape(SHARED_GATE_UP, {parts * call.S, H}, text(call.said(SHARED_DOWN), " and ", layout));
+  if (tensors[SHARED_DOWN].given) {
+    tensors.want_dimensions(SHARED_DOWN, 2);
+    call.S = tensors[SHARED_DOWN].shape[1];
+    tensors.want_shape(SHARED_DOWN, {H, call.S}, by);
+    tensors.want_shape_if_given(SHARED_GATE_UP, {parts * call.S, H}, text(tensors.said(SHARED_DOWN), " and ", layout));
   }
   if (T < 0 || H < 1 || E < 1) refuse(OP, "there is nothing to compute with ", sizes);
   return call;
@@ -113,29 +100,25 @@ class CudaLayer {
   const OrtApi* api() const { return node_.api(); }
 
   void compute(OrtKernelContext* context) const {
-    const LayerCall call = read_layer_call(api(), context, attributes_);
+    LayerCall call = read_layer_call(api(), context, attributes_);
     if (gate_.top_k < 1 || gate_.top_k > call.E)
       refuse(OP, "top_k is ", gate_.top_k, "; of ", call.E, " experts it takes 1 to ", call.E);
-    void* y = make_output(api(), context, Y, call.inputs[TOKENS].shape);
-    void* chosen = make_output(api(), context, CHOSEN, {call.T, gate_.top_k});
+    call.tensors.add_output("y", call.tensors.shape(TOKENS));
+    call.tensors.add_output("experts", {call.T, gate_.top_k});
     if (call.T == 0) return;
-    std::vector<Buffer> buffers;
-    for (size_t i = 0; i < PLACES; ++i) buffers.push_back({NAMES[i], call.inputs[i].data});
-    buffers.push_back({"y", y});
-    buffers.push_back({"experts", chosen});
-    node_.launch(context, key(call), call.T, buffers);
+    node_.launch(context, key(call), call.T, call.tensors.buffers());
   }
 
  private:
   Key key(const LayerCall& call) const {
-    const bool biases[] = {call.inputs[ALL_GATE_UP_BIAS].given, call.inputs[ALL_DOWN_BIAS].given};
+    const bool biases[] = {call.tensors[ALL_GATE_UP_BIAS].given, call.tensors[ALL_DOWN_BIAS].given};
     const Routed routed{call.H, call.I, call.E, gate_.top_k, element_, biases[0], biases[1]};
     Key key = routed_key(OP, routed, attributes_);
     key.add("score", gate_.score).add("n_group", gate_.n_group).add("topk_group", gate_.topk_group);
     key.add("group_score", gate_.group_score).add("renormalize", gate_.renormalize);
     key.add("eps", gate_.eps).add("scale", gate_.scale).add("router_dtype", gate_.router_dtype);
     for (const Place place : {ROUTER_WEIGHT, ROUTER_BIAS, SELECTION_BIAS})
-      key.add(NAMES[place], call.inputs[place].given ? type_name(call.inputs[place].element) : "none");
+      key.add(NAMES[place], call.tensors[place].given ? type_name(call.tensors[place].element) : "none");
     return key.add("shared_width", call.S);
   }
 

@@ -60,6 +60,53 @@ Value attribute(const OrtApi* api, const OrtKernelInfo* info, const char* op, co
   return value;
 }
 
+using Shape = std::vector<int64_t>;
+
+// The tensors of one call: the inputs, and as buffers then the outputs, too.
+class Tensors {
+ public:
+  template <size_t count>
+  Tensors(const OrtApi* api, OrtKernelContext* context, const char* op, const char* const (&names)[count])
+      : api_(api), context_(context), op_(op) {
+    for (size_t i = 0; i < count; ++i) {
+      inputs_.push_back(read_input(api, context, i));
+      buffers_.push_back({names[i], inputs_[i].data});
+    }
+  }
+
+  const Tensor& operator[](size_t which) const { return inputs_[which]; }
+  const Shape& shape(size_t which) const { return inputs_[which].shape; }
+  const std::vector<Buffer>& buffers() const { return buffers_; }
+  std::string said(size_t which) const { return text(buffers_[which].name, " ", shown(shape(which))); }
+
+  void want_dimensions(size_t which, size_t wanted) const {
+    if (shape(which).size() != wanted)
+      refuse(op_, buffers_[which].name, " is ", shown(shape(which)), "; it must have ", wanted, " dimensions");
+  }
+
+  void want_shape(size_t which, const Shape& wanted, const std::string& by) const {
+    if (shape(which) != wanted)
+      refuse(op_, buffers_[which].name, " is ", shown(shape(which)), "; ", by, " want ", shown(wanted));
+  }
+
+  void want_shape_if_given(size_t which, const Shape& wanted, const std::string& by) const {
+    if (inputs_[which].given) want_shape(which, wanted, by);
+  }
+
+  void* add_output(const char* name, const Shape& shape) {
+    void* made = make_output(api_, context_, buffers_.size() - inputs_.size(), shape);
+    buffers_.push_back({name, made});
+    return made;
+  }
+
+ private:
+  const OrtApi* api_;
+  OrtKernelContext* context_;
+  const char* op_;
+  std::vector<Tensor> inputs_;
+  std::vector<Buffer> buffers_;
+};
+
 class CudaNode {
  public:
   CudaNode(const OrtApi* api, const OrtKernelInfo* info, const char* op, const std::string& kernels);

@@ -173,9 +173,10 @@ class Memoryless(TorchFunctionMode):
 @contextmanager
 def without_gpu(notes: list[Note]) -> Iterator[None]:
     """In this thread launches are noted, as for a Hopper GPU; in others, kernels run as ever."""
-    from dsmoe_runtime.kernels import decode_attention, dispatch, experts, gemv, moe, route, specialised
+    from dsmoe_runtime.kernels import attend, decode_attention, dispatch, experts, gemv, moe, route, specialised
 
-    owner, hosts = threading.get_ident(), (experts, dispatch, moe, route, specialised, gemv, decode_attention)
+    owner = threading.get_ident()
+    hosts = (experts, dispatch, moe, route, specialised, gemv, attend, decode_attention)
 
     def replaced(name: str, own: Any, other: Any) -> Any:
         return lambda *args, **kwargs: (own if threading.get_ident() == owner else other)(*args, **kwargs)
