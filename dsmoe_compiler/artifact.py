@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from dsmoe_compiler.artifact_files import CONFIG, MANIFEST, check_files, describe, inside, listed
-from dsmoe_compiler.config import DTYPES, TARGETS, CompileConfig
+from dsmoe_compiler.config import DTYPES, CompileConfig
 from dsmoe_compiler.explanation import Explanation
-from dsmoe_compiler.runner import Runner, Shapes
+from dsmoe_compiler.runner import Runner, Shapes, place_of
 from dsmoe_compiler.staging import Stage
 from dsmoe_compiler.targets import aoti
 from dsmoe_compiler.targets.aoti import PhaseReport
@@ -236,13 +236,7 @@ def open_runner(
     vocab_size, shapes = interface(folder, manifest, config)
     if manifest["dtype"] not in DTYPES:
         raise ArtifactError(f"{folder} is damaged: dtype is {manifest['dtype'][:40]!r}, not one of {', '.join(DTYPES)}")
-    place = torch.device(device or (target if target in TARGETS else "cpu"))
-    if place.type != target:
-        raise ArtifactError(f"{folder} was compiled for {target}; it cannot run on {place}")
-    if target == "cuda" and not torch.cuda.is_available():
-        raise ArtifactError(f"{folder} was compiled for cuda; torch {torch.__version__} sees no GPU here")
-    if target == "cuda":
-        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    place = place_of(folder, target, device)
     why = aoti.unfit(target, manifest["processor"], place)
     if why:
         raise ArtifactError(f"{folder} cannot run here: {why}. Compile it again on this machine")

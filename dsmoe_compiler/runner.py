@@ -12,19 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsmoe_compiler.config import TARGETS
 from dsmoe_compiler.targets.package import Program
 from dsmoe_model.attention import KVCache
 from dsmoe_model.checkpoint import Tokenizer
-from dsmoe_runtime.errors import InputError
+from dsmoe_runtime.errors import ArtifactError, InputError
 from dsmoe_runtime.generation import generate
 
 Steps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int], Tensor]]
 Shapes = list[tuple[tuple[int, ...], tuple[int, ...]]]  # of each layer's keys and values: [B, heads, capacity, width]
+
+
+def place_of(folder: Path, target: str, device: torch.device | str | None) -> torch.device:
+    """Where an artifact for `target` is run: on `device`, if it is given. Raises: ArtifactError, if it cannot be."""
+    place = torch.device(device or (target if target in TARGETS else "cpu"))
+    if place.type != target:
+        raise ArtifactError(f"{folder} was compiled for {target}; it cannot run on {place}")
+    if target != "cuda":
+        return place
+    if not torch.cuda.is_available():
+        raise ArtifactError(f"{folder} was compiled for cuda; torch {torch.__version__} sees no GPU here")
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
 
 
 class Runner:

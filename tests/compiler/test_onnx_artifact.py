@@ -201,6 +201,16 @@ def test_what_is_no_protobuf_and_what_is_not_listed(folder: Path) -> None:
         dsmoe.load(folder)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_model_for_a_gpu_says_that_there_is_none(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"target": "cuda"}))
+    with pytest.raises(ArtifactError, match=r"was compiled for cuda; torch .* sees no GPU here"):
+        dsmoe.load(folder)
+    with pytest.raises(ArtifactError, match="was compiled for cuda; it cannot run on cpu"):
+        dsmoe.load(folder, device="cpu")
+
+
 def test_links_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "weights" / SHARD).rename(tmp_path / "elsewhere")
     (folder / "weights" / SHARD).symlink_to(tmp_path / "elsewhere")

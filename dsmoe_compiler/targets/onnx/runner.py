@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_compiler.runner import Runner, Shapes, Steps
+from dsmoe_compiler.runner import Runner, Shapes, Steps, place_of
 from dsmoe_compiler.targets.onnx.decode_session import DecodeSession
 from dsmoe_compiler.targets.onnx.opening import DECODE
 from dsmoe_compiler.targets.onnx.session import LIBRARY, Interface, StepSession
@@ -37,11 +37,7 @@ def open_onnx(
     """A session on the provider of the artifact's target. Raises: ArtifactError, if file and manifest do not agree."""
     vocab_size, shapes = interface
     target, dtype = manifest["target"], DTYPES.get(manifest["dtype"])
-    place = torch.device(device or target)
-    if place.type != target:
-        raise ArtifactError(f"{folder} was proved on {target}; it is not run on {place}")
-    if target == "cuda":
-        place = torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    place = place_of(folder, target, device)
     try:
         file, one = str(manifest["onnx"]["file"]), manifest["onnx"].get("decode") is not None
     except (KeyError, TypeError):
