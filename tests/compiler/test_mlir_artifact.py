@@ -69,9 +69,9 @@ def test_the_interface_is_data_that_says_how_to_call_it(folder: Path) -> None:
     assert len(caches) == 2 * SMALL.num_hidden_layers
     logits = prefill.arguments[prefill.results[0].argument]  # type: ignore[union-attr]
     assert (logits.kind, logits.shape[-1]) == ("output", SMALL.vocab_size)
-    (level, objects), *others = phases["prefill"]["objects"].items()
-    assert objects[-1] == f"prefill_{level}"
-    assert not others
+    objects = phases["prefill"]["objects"]
+    assert [*objects] == json.loads((folder / "manifest.json").read_text())["mlir"]["levels"]
+    assert all(names[-1] == f"prefill_{level}" for level, names in objects.items())
 
 
 def test_weights_are_mapped_and_not_read(folder: Path) -> None:

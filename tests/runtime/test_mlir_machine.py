@@ -61,6 +61,17 @@ def test_a_level_that_would_be_an_illegal_instruction_is_refused():
         experts_kernel(spec("avx512"))
 
 
+@pytest.mark.parametrize("level", sorted(LEVELS))
+def test_no_level_leaves_its_features_to_the_machine_that_compiles(level):
+    """A function without them gets all that this processor has: an avx2 object made beside AVX512 used it."""
+    text = stages(callable_module(experts_function(spec(level))), level_named(level))["llvm_ir"]
+    groups = dict(re.findall(r"^attributes (#\d+) = \{(.*)\}$", text, flags=re.M))
+    defined = re.findall(r"^define .* (#\d+) (?:!.*)?\{$", text, flags=re.M)
+    assert len(defined) == text.count("\ndefine ") > 5
+    assert all(f'"target-features"="{LEVELS[level].features}"' in groups[group] for group in defined)
+    assert LEVELS[level].features.startswith("+")
+
+
 def test_every_stage_can_be_read():
     """The operator's parts have their names to the end of MLIR; LLVM's text carries the level."""
     function = experts_function(spec())

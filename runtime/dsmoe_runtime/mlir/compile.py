@@ -64,13 +64,13 @@ def lower_to_llvm(source: str, level: Level) -> Any:
         module = ir.Module.parse(source)
         package.passmanager.PassManager.parse(f"builtin.module({','.join(PASSES)})", context).run(module.operation)
         cpu = ir.StringAttr.get(level.cpu)
+        named = ", ".join(f'"{feature}"' for feature in level.features.split(","))
+        features = ir.Attribute.parse(f"#llvm.target_features<[{named}]>")
         for operation in module.body.operations:
             if operation.operation.name != "llvm.func" or not len(operation.regions[0].blocks):
                 continue
             operation.attributes["target_cpu"] = cpu
-            if level.features:
-                features = ", ".join(f'"{feature}"' for feature in level.features.split(","))
-                operation.attributes["target_features"] = ir.Attribute.parse(f"#llvm.target_features<[{features}]>")
+            operation.attributes["target_features"] = features
             if _is_private(operation):
                 operation.attributes["linkage"] = ir.Attribute.parse("#llvm.linkage<internal>")
                 del operation.attributes["sym_visibility"]

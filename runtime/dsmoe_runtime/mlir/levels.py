@@ -17,7 +17,7 @@ class Level:
     lanes: int  # float32 values of a vector register
     tile_rows: int  # rows of weights in a register tile of two vectors of tokens
     cpu: str  # LLVM's name
-    features: str  # LLVM's features beyond those of `cpu`
+    features: str  # LLVM's features beyond those of `cpu`; with none named, LLVM takes all of the machine that compiles
     dot: bool  # vdpbf16ps: products of bfloat16 in pairs, summed in float32
     flags: frozenset[str] = field(repr=False)  # what /proc/cpuinfo must list; a set has no order to be named by
 
@@ -28,7 +28,7 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS = {
     level.name: level
     for level in (
-        Level("avx2", 8, 6, "x86-64-v3", "", False, _AVX2),
+        Level("avx2", 8, 6, "x86-64-v3", "+avx2", False, _AVX2),
         # x86-64-v4 alone is tuned for 256-bit registers, as the first processors that had AVX512 were.
         Level("avx512", 16, 12, "x86-64-v4", "+avx512f,-prefer-256-bit", False, _AVX512),
         Level(
