@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsmoe_compiler.cli.console import UsageError, print_json, print_table, say
-from dsmoe_compiler.cli.options import DTYPES, MODEL_HELP, add_json, check_model, numbers, positive
+from dsmoe_compiler.cli.options import DTYPES, MODEL_HELP, add_json, check_model, numbers, positive, whole
 
 if TYPE_CHECKING:
     from dsmoe_compiler.search import Result
@@ -86,16 +86,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def sizes(text: str) -> Sizes:
-    """`H,I,E,K` or `H,I,E,K,S`, whole numbers from 1 on; S is 0 if it is not given."""
+    """`H,I,E,K` or `H,I,E,K,S`, whole numbers from 1 on, S from 0 on; it is 0 if it is not given."""
     parts = text.split(",")
     if len(parts) not in (4, 5):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not H,I,E,K or H,I,E,K,S (hidden size, expert width, experts, top-k, shared experts)"
         )
-    hidden, width, experts, top_k, *shared = (positive(part.strip()) for part in parts)
+    hidden, width, experts, top_k = (positive(part.strip()) for part in parts[:4])
+    shared = whole(parts[4].strip()) if len(parts) > 4 else 0
     if top_k > experts:
         raise argparse.ArgumentTypeError(f"top-k is {top_k}, but there are only {experts} experts")
-    return hidden, width, experts, top_k, shared[0] if shared else 0
+    return hidden, width, experts, top_k, shared
 
 
 def check_triton() -> None:

@@ -121,8 +121,11 @@ def test_dry_run_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith("NVIDIA H200, bfloat16")
     assert [line.split()[1] for line in out.splitlines()[2:]] == ["1"] * 5 + ["4096"] * 5
-    assert main(["tune", "--shape", "64,64,8,2", "--dry-run", "--gpu", "A100", "--dtype", "fp32", "--json"]) == 0
+    arguments = ["--dry-run", "--gpu", "A100", "--dtype", "fp32", "--json"]
+    assert main(["tune", "--shape", "64,64,8,2", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
+    assert main(["tune", "--shape", "64,64,8,2,0", *arguments]) == 0  # as tables print a layer without shared experts
+    assert json.loads(capsys.readouterr().out) == found
     assert found["device"]["name"] == "NVIDIA A100"
     assert {plan["tokens"] for plan in found["plans"]} == set(tuning.TOKENS)
     assert all(plan["predicted_us"] > 0 for plan in found["plans"])
@@ -145,6 +148,7 @@ def test_without_a_gpu_the_way_out_is_said(capsys: pytest.CaptureFixture[str]) -
         (["--shape", "64,32,8"], "H,I,E,K"),
         (["--shape", "64,32,4,8"], "only 4 experts"),
         (["--shape", "64,32,4,0"], "0 is below 1"),
+        (["--shape", "64,32,4,2,-1"], "-1 is below 0"),
         ([], "required"),
         ([TINY, "--all-shapes"], "not allowed"),
     ],
