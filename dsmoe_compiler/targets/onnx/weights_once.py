@@ -1,12 +1,13 @@
 """The weights of several ONNX files, once in a GPU's memory.
 
 Two sessions on one artifact would each read its weights: ONNX Runtime takes what it is handed by `add_initializer` as
-it lies, if it lies where the session wants it. (Where ONNX Runtime's Python has no `OrtValue.from_dlpack`, no tensor
-can be handed over so, and sessions have weights of their own.)
+it lies, if it lies where the session wants it. Before 1.26 its Python takes no tensor so (`OrtValue.from_dlpack`); then
+each session has weights of its own, and a warning says so.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from dsmoe_compiler.targets.onnx.session import TYPES
 if TYPE_CHECKING:
     import onnx
 
+log = logging.getLogger(__name__)
+SHARED_SINCE = "1.26"  # ONNX Runtime
 ELEMENTS = {number: dtype for dtype, number in TYPES.items()} | {6: torch.int32, 9: torch.bool, 11: torch.float64}
 
 
@@ -25,6 +28,15 @@ class Weights:
     """External data of the files in a folder, read when it is first asked for, on `device`."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
+        import onnxruntime
+
+        self.shared = hasattr(onnxruntime.OrtValue, "from_dlpack")
+        if not self.shared:
+            log.warning(
+                "%s: onnxruntime %s cannot hand weights to two sessions, so each holds its own: twice the memory; "
+                "onnxruntime %s can",
+                folder, onnxruntime.__version__, SHARED_SINCE,
+            )  # fmt: skip
         self.folder, self.device = folder, device
         self._held: dict[tuple[str, int, int, tuple[int, ...]], Tensor] = {}
 
@@ -33,7 +45,7 @@ class Weights:
         import onnx
         from onnxruntime import OrtValue
 
-        if not hasattr(OrtValue, "from_dlpack"):
+        if not self.shared:
             return {}
         proto = onnx.load(self.folder / file, load_external_data=False)
         outside = [t for t in proto.graph.initializer if t.data_location == t.EXTERNAL]
