@@ -14,11 +14,13 @@ from onnx import numpy_helper
 from onnx.parser import parse_model
 from torch import Tensor
 
+from dsmoe_compiler.targets.onnx.function import OVERLOADS_SINCE
 from tests.runtime.op_cases import ALPHA, LIMIT
 
 NAMES = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 NUMBERS = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 INSTALLED = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+KNOWS_OVERLOADS = tuple(map(int, OVERLOADS_SINCE.split("."))) <= INSTALLED
 WEIGHTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 

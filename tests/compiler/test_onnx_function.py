@@ -13,10 +13,9 @@ from dsmoe_compiler.targets.onnx.function import OVERLOADS_SINCE, add_functions,
 from dsmoe_compiler.targets.onnx.op import register_schema
 from dsmoe_runtime.agreement import assert_within_budget, within_budget
 from dsmoe_runtime.errors import ConfigError, TargetError
-from tests.compiler.onnx_nodes import INSTALLED, answer, feeds, node_model, session
+from tests.compiler.onnx_nodes import KNOWS_OVERLOADS, answer, feeds, node_model, session
 from tests.runtime.op_cases import COMBINATIONS, LAYOUTS, exact, expert_case, laid_out, slot_by_slot
 
-KNOWS_OVERLOADS = tuple(map(int, OVERLOADS_SINCE.split("."))) <= INSTALLED
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -16,7 +16,7 @@ from dsmoe_compiler.targets.onnx.layer_function import add_layer_functions
 from dsmoe_compiler.targets.onnx.op import OP_TYPE, nodes_of
 from dsmoe_compiler.targets.onnx.routing import translations
 from dsmoe_runtime.errors import ArtifactError
-from tests.compiler.onnx_nodes import skip_without_tokens
+from tests.compiler.onnx_nodes import KNOWS_OVERLOADS, skip_without_tokens
 from tests.compiler.test_onnx_routing import SIZES, Layers, exported, gate_call, judged, run
 from tests.runtime.op_cases import layer_of, moe_arguments, normal, small_config, weight
 
@@ -50,7 +50,8 @@ def test_bodies_agree_with_float64(gates, tokens):
     dtype, calls, model = gates
     assert [node.op_type for node in model.graph.node].count(LAYER_TYPE) == len(calls)
     x = normal(tokens, 42, seed=tokens).to(dtype).float()
-    for how in (model, onnx.inliner.inline_local_functions(model)):
+    inlined = onnx.inliner.inline_local_functions(model)
+    for how in (model, inlined) if KNOWS_OVERLOADS or len(calls) == 1 else (inlined,):
         outputs = run(how, x)
         for index, call in enumerate(calls.values()):
             judged(outputs[2 * index], outputs[2 * index + 1], x, call, dtype)
