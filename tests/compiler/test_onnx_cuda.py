@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,31 @@ def test_a_single_sequence_is_continued_by_decode_onnx(dtype: torch.dtype, tmp_p
     grown = runner.generate(prompts[2], max_new_tokens=18)
     assert torch.equal(grown[:, :12], alone[2][:, :12])
     assert one.cache[0].shape[2] == 48
+
+
+def test_a_sequence_begun_while_another_goes_on_does_not_wait_for_it(tmp_path: Path) -> None:
+    """By `on_token`, in the same thread: it waited for itself for ever."""
+    artifact = exported(gate_model("v1", torch.float32), profile="ort-cuda", target="cuda", max_seq_len=48)
+    runner: Any = dsmoe.load(artifact.save(tmp_path / "out"))
+    ids = torch.randint(97, (1, 9), generator=torch.Generator().manual_seed(1)).cuda()
+    alone = runner.generate(ids, max_new_tokens=6)
+    inner: list[torch.Tensor] = []
+    outer: list[torch.Tensor] = []
+
+    def nested() -> None:
+        def begin(_: torch.Tensor) -> None:
+            inner.append(runner.generate(ids, max_new_tokens=4))
+
+        outer.append(runner.generate(ids, max_new_tokens=6, on_token=begin))
+
+    thread = threading.Thread(target=nested, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert torch.equal(outer[0], alone)
+    assert len(inner) == 6
+    assert all(torch.equal(tokens, alone[:, :13]) for tokens in inner)
+    assert torch.equal(runner.generate(ids, max_new_tokens=6), alone)
 
 
 def test_a_step_waits_for_what_makes_its_inputs(tmp_path: Path) -> None:

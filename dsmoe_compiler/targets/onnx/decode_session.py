@@ -9,7 +9,8 @@ C slots, V vocabulary, L layers with routed experts, K experts a token.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,30 @@ INTEGERS = {"tensor(int64)": torch.int64}
 class DecodeSession:
     """`fill(past)`, then `(ids [1, 1], position)` -> `(logits [1, V], experts [L, 1, K])`, one position after another.
 
-    options: of `session.open_session`, which see. `turn` is held for as long as a sequence needs.
+    options: of `session.open_session`, which see.
     """
 
     def __init__(self, path: Path, device: torch.device, **options: Any) -> None:
-        self.device, self.turn = device, threading.Lock()
+        self.device, self._turn, self._holder = device, threading.Lock(), 0
         self._stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             self._session = open_session(path, device, graph=True, **options)
         self.inputs, self.outputs = interface(self._session)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Held for as long as a sequence needs; other threads wait."""
+        with self._turn:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = 0
+
+    @property
+    def held_here(self) -> bool:
+        """Whether it is the turn of a sequence of this very thread, which would wait for itself."""
+        return self._holder == threading.get_ident()
 
     @cached_property
     def _memory(self) -> dict[str, Tensor]:

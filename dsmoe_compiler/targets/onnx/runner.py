@@ -107,13 +107,16 @@ class OnnxRunner(Runner):
 
     @contextmanager
     def _sequences(self, rows: int) -> Iterator[Steps]:
-        """A single sequence is continued by decode.onnx, where there is one: others wait until it is ended."""
+        """A single sequence is continued by decode.onnx, where there is one: others wait until it is ended.
+
+        One that is begun while another of the same thread goes on, as by `on_token`, is continued by model.onnx.
+        """
         one = self.one_token
-        if one is None or rows != 1:
+        if one is None or rows != 1 or one.held_here:
             with super()._sequences(rows) as steps:
                 yield steps
             return
-        with one.turn:
+        with one.turn():
             cache = self.new_cache()
 
             def prefill(ids_1S: Tensor) -> Tensor:
